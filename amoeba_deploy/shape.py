@@ -1,0 +1,121 @@
+"""Shapes: how deep and how wide a subnet is, written ``24x0.75``.
+
+A shape has a depth (blocks kept), a width (the exact ratio of heads and neurons kept in each kept block) and the
+policy by which that width is spread over the blocks. It does not say *which* units are kept; that is a plan.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import pairwise
+from typing import Literal
+
+from amoeba_deploy.errors import BadInput
+
+Policy = Literal["uniform", "adaptive"]
+
+_SHAPE = re.compile(r"(\d+)x(\d*\.?\d+|\d+/\d+)")
+
+
+def kept_units(units: int, ratio: Fraction, multiple: int = 1) -> int:
+    """How many of ``units`` a width keeps, in multiples of ``multiple``.
+
+    floor(ratio * units / multiple + 1/2) * multiple in exact arithmetic, clamped to [multiple, units]; all units at
+    width 1 and where there are fewer than ``multiple``.
+    """
+    if ratio == 1 or units < multiple:
+        return units
+    rounded = (ratio * units / multiple + Fraction(1, 2)).__floor__() * multiple
+    return min(max(rounded, multiple), units)
+
+
+def parse_width(text: str) -> Fraction:
+    """The exact ratio written as a decimal or a fraction; it must lie in (0, 1]."""
+    try:
+        ratio = Fraction(text.strip())
+    except (ValueError, ZeroDivisionError):
+        raise BadInput(f"the width '{text}' is not a number; write a ratio such as 0.75 or 3/4") from None
+    if not 0 < ratio <= 1:
+        raise BadInput(f"the width {text} is not in (0, 1]; write a ratio such as 0.75")
+    return ratio
+
+
+def format_width(ratio: Fraction) -> str:
+    """The shortest exact spelling: a decimal where one exists (``0.75``), else a fraction (``2/3``)."""
+    rest = ratio.denominator
+    for prime in (2, 5):
+        while rest % prime == 0:
+            rest //= prime
+    if rest != 1:
+        return f"{ratio.numerator}/{ratio.denominator}"
+    digits = 0
+    while (ratio * 10**digits).denominator != 1:
+        digits += 1
+    return f"{float(ratio):.{digits}f}" if digits else str(int(ratio))
+
+
+@dataclass(frozen=True, order=True)
+class Shape:
+    """A depth in blocks, a width in (0, 1] as an exact ratio, and the policy that spreads the width."""
+
+    depth: int
+    width: Fraction
+    policy: Policy = "uniform"
+
+    def __post_init__(self) -> None:
+        if self.depth < 1:
+            raise BadInput(f"the depth {self.depth} is below 1; a subnet keeps at least one block")
+        if not 0 < self.width <= 1:
+            raise BadInput(f"the width {self.width} is not in (0, 1]; write a ratio such as 0.75")
+
+    @classmethod
+    def parse(cls, text: str, policy: Policy = "uniform") -> Shape:
+        """Read ``DEPTHxWIDTH``, such as ``24x0.75``.
+
+        Raises:
+            BadInput: the text is not of that form, or depth or width is out of range.
+        """
+        match = _SHAPE.fullmatch(text.strip())
+        if match is None:
+            raise BadInput(f"'{text}' is not a shape; write DEPTHxWIDTH such as 24x0.75, or the path of a plan file")
+        return cls(int(match[1]), parse_width(match[2]), policy)
+
+    def __str__(self) -> str:
+        return f"{self.depth}x{format_width(self.width)}"
+
+
+def _shortest_decimal(low: Fraction, high: Fraction, target: Fraction) -> Fraction:
+    """The decimal with the fewest digits in [low, high) and (0, 1); among equals the one closest to ``target``."""
+    digits = 1
+    while True:
+        scale = 10**digits
+        first = max(-(-low * scale // 1), 1)
+        last = min(-(-high * scale // 1) - 1, scale - 1)
+        if first <= last:
+            nearest = min(max(int(target * scale + Fraction(1, 2)), int(first)), int(last))
+            return Fraction(nearest, scale)
+        digits += 1
+
+
+def distinct_widths(units: Iterable[tuple[int, int]], minimum: Fraction) -> list[Fraction]:
+    """All widths from ``minimum`` to 1 that differ in what they keep, widest first.
+
+    ``units`` holds (count, multiple) of each kind of unit. Widths that keep the same numbers are one; it is named by
+    its shortest decimal that keeps those numbers.
+    """
+    kinds = list(units)
+    edges = {minimum, Fraction(1)}
+    for count, multiple in kinds:
+        steps = range(count // multiple + 2)
+        edges |= {(Fraction(2 * step + 1, 2) * multiple / count) for step in steps}
+    borders = sorted(edge for edge in edges if minimum <= edge <= 1)
+    named: dict[tuple[int, ...], Fraction] = {tuple(count for count, _ in kinds): Fraction(1)}
+    for low, high in pairwise(borders):
+        kept = tuple(kept_units(count, low, multiple) for count, multiple in kinds)
+        if kept not in named:
+            count, index = max((count, index) for index, (count, _) in enumerate(kinds))
+            named[kept] = _shortest_decimal(low, high, Fraction(kept[index], count))
+    return sorted(named.values(), reverse=True)

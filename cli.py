@@ -1,0 +1,1 @@
+amoeba_deploy/cli.py
