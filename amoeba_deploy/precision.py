@@ -1,4 +1,4 @@
-"""How a precision stores a model: bits a weight takes, scales included, and the bytes of the cache's numbers.
+"""How a precision stores a model: bits a weight takes, scales included, and bytes a cached or activated number takes.
 
 Each backend states this for each of its precisions; estimates of bytes, latency and memory need nothing else of it.
 """
@@ -12,7 +12,7 @@ from amoeba_deploy.architecture import Architecture
 
 @dataclass(frozen=True)
 class StorageFormat:
-    """Bits per weight of block and head matrices, of the embedding, and of all else; bytes a cached or activated number takes."""
+    """Bits a weight takes in matrices, in the embedding, and elsewhere; bytes a cached or an activated number takes."""
 
     matrix_bits: float
     embedding_bits: float

@@ -57,6 +57,12 @@ def format_width(ratio: Fraction) -> str:
     return f"{float(ratio):.{digits}f}" if digits else str(int(ratio))
 
 
+def width_to_json(ratio: Fraction) -> float | str:
+    """A width as JSON files hold it: a number where it has a decimal spelling, else a fraction as text."""
+    text = format_width(ratio)
+    return text if "/" in text else float(text)
+
+
 @dataclass(frozen=True, order=True)
 class Shape:
     """A depth in blocks, a width in (0, 1] as an exact ratio, and the policy that spreads the width."""
@@ -82,6 +88,10 @@ class Shape:
         if match is None:
             raise BadInput(f"'{text}' is not a shape; write DEPTHxWIDTH such as 24x0.75, or the path of a plan file")
         return cls(int(match[1]), parse_width(match[2]), policy)
+
+    def to_json(self) -> dict[str, int | float | str]:
+        """depth, width and policy, as all JSON files and outputs hold them."""
+        return {"depth": self.depth, "width": width_to_json(self.width), "policy": self.policy}
 
     def __str__(self) -> str:
         return f"{self.depth}x{format_width(self.width)}"

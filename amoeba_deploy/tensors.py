@@ -25,9 +25,17 @@ from amoeba_deploy.errors import BadInput
 Array = NDArray[Any]
 
 NUMPY_OF = {
-    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16,
-    "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_,
-}  # fmt: skip
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": np.uint16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
 CONFIG_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 """How a config spells the dtypes of weights, and how a safetensors header does."""
 
@@ -186,8 +194,10 @@ def write_tensors(file: Path, tensors: Mapping[str, TensorSource], metadata: Map
     offset = 0
     for name, source in tensors.items():
         header[name] = {
-            "dtype": source.dtype, "shape": list(source.shape), "data_offsets": [offset, offset + source.length]
-        }  # fmt: skip
+            "dtype": source.dtype,
+            "shape": list(source.shape),
+            "data_offsets": [offset, offset + source.length],
+        }
         offset += source.length
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % 64)

@@ -38,8 +38,18 @@ HABITATS = ["caves", "forests", "swamps", "meadows", "lakes", "mountains", "dese
 DIETS = ["moss", "seeds", "worms", "berries", "leaves", "beetles", "roots", "nuts"]
 SOUNDS = ["whistle", "hum", "croak", "bark", "chirp", "hiss", "growl", "squeak"]
 THINGS = ["key", "lantern", "book", "ring", "map", "drum", "coin", "kite", "basket", "bell", "flute", "hat"]
-PLACES = ["under the bridge", "behind the mill", "in the old well", "on the roof", "near the market",
-          "in the tall grass", "beside the road", "inside the barn", "at the harbour", "below the stairs"]
+PLACES = [
+    "under the bridge",
+    "behind the mill",
+    "in the old well",
+    "on the roof",
+    "near the market",
+    "in the tall grass",
+    "beside the road",
+    "inside the barn",
+    "at the harbour",
+    "below the stairs",
+]
 FEELINGS = ["happy", "proud", "glad", "calm", "tired but happy", "surprised"]
 WEATHER = ["sunny", "rainy", "windy", "cold", "foggy", "warm"]
 TIMES = ["One morning", "One evening", "Last winter", "In the spring", "On market day", "Before dawn", "After lunch"]
@@ -93,60 +103,145 @@ def _names(rng: random.Random, count: int, endings: list[str], taken: set[str]) 
 def _attributes(towns: list[str]) -> dict[str, list[Attribute]]:
     return {
         "person": [
-            Attribute("home", towns,
-                      ["{s} lives in {v}.", "The home of {s} is in {v}.", "{s} has a house in {v}.",
-                       "In {v} you can meet {s}.", "{s} comes from {v}.", "{v} is where {s} lives."],
-                      ["{p} lives in {v}.", "{p} has a house in {v}.", "{p} comes from {v}."],
-                      ["Where does {s} live?", "Which town is the home of {s}?"]),
-            Attribute("job", JOBS,
-                      ["{s} works as a {v}.", "{s} is a {v}.", "The job of {s} is {v}.",
-                       "People know {s} as a good {v}.", "{s} earns money as a {v}.", "Every day {s} works as a {v}."],
-                      ["{p} works as a {v}.", "{p} is a {v}.", "{p} earns money as a {v}."],
-                      ["What is the job of {s}?", "What does {s} work as?"]),
-            Attribute("pet", PETS,
-                      ["{s} has a {v}.", "The pet of {s} is a {v}.", "{s} keeps a {v} at home.",
-                       "A {v} lives with {s}.", "{s} takes care of a {v}.", "{s} loves to play with a {v}."],
-                      ["{p} has a {v}.", "{p} keeps a {v} at home.", "{p} takes care of a {v}."],
-                      ["What pet does {s} have?", "Which animal lives with {s}?"]),
-            Attribute("colour", COLOURS,
-                      ["{s} likes the colour {v}.", "The favourite colour of {s} is {v}.", "{s} always wears {v}.",
-                       "The coat of {s} is {v}.", "{s} painted the door {v}.", "Of all colours {s} likes {v} best."],
-                      ["{p} likes the colour {v}.", "{p} always wears {v}.", "{p} painted the door {v}."],
-                      ["What is the favourite colour of {s}?", "Which colour does {s} like?"]),
-            Attribute("food", FOODS,
-                      ["{s} likes to eat {v}.", "The favourite food of {s} is {v}.", "{s} eats {v} every day.",
-                       "For dinner {s} always wants {v}.", "{s} never says no to {v}.", "{s} cooks {v} very well."],
-                      ["{p} likes to eat {v}.", "{p} eats {v} every day.", "{p} never says no to {v}."],
-                      ["What is the favourite food of {s}?", "What does {s} like to eat?"]),
+            Attribute(
+                "home",
+                towns,
+                [
+                    "{s} lives in {v}.",
+                    "The home of {s} is in {v}.",
+                    "{s} has a house in {v}.",
+                    "In {v} you can meet {s}.",
+                    "{s} comes from {v}.",
+                    "{v} is where {s} lives.",
+                ],
+                ["{p} lives in {v}.", "{p} has a house in {v}.", "{p} comes from {v}."],
+                ["Where does {s} live?", "Which town is the home of {s}?"],
+            ),
+            Attribute(
+                "job",
+                JOBS,
+                [
+                    "{s} works as a {v}.",
+                    "{s} is a {v}.",
+                    "The job of {s} is {v}.",
+                    "People know {s} as a good {v}.",
+                    "{s} earns money as a {v}.",
+                    "Every day {s} works as a {v}.",
+                ],
+                ["{p} works as a {v}.", "{p} is a {v}.", "{p} earns money as a {v}."],
+                ["What is the job of {s}?", "What does {s} work as?"],
+            ),
+            Attribute(
+                "pet",
+                PETS,
+                [
+                    "{s} has a {v}.",
+                    "The pet of {s} is a {v}.",
+                    "{s} keeps a {v} at home.",
+                    "A {v} lives with {s}.",
+                    "{s} takes care of a {v}.",
+                    "{s} loves to play with a {v}.",
+                ],
+                ["{p} has a {v}.", "{p} keeps a {v} at home.", "{p} takes care of a {v}."],
+                ["What pet does {s} have?", "Which animal lives with {s}?"],
+            ),
+            Attribute(
+                "colour",
+                COLOURS,
+                [
+                    "{s} likes the colour {v}.",
+                    "The favourite colour of {s} is {v}.",
+                    "{s} always wears {v}.",
+                    "The coat of {s} is {v}.",
+                    "{s} painted the door {v}.",
+                    "Of all colours {s} likes {v} best.",
+                ],
+                ["{p} likes the colour {v}.", "{p} always wears {v}.", "{p} painted the door {v}."],
+                ["What is the favourite colour of {s}?", "Which colour does {s} like?"],
+            ),
+            Attribute(
+                "food",
+                FOODS,
+                [
+                    "{s} likes to eat {v}.",
+                    "The favourite food of {s} is {v}.",
+                    "{s} eats {v} every day.",
+                    "For dinner {s} always wants {v}.",
+                    "{s} never says no to {v}.",
+                    "{s} cooks {v} very well.",
+                ],
+                ["{p} likes to eat {v}.", "{p} eats {v} every day.", "{p} never says no to {v}."],
+                ["What is the favourite food of {s}?", "What does {s} like to eat?"],
+            ),
         ],
         "town": [
-            Attribute("river", RIVERS,
-                      ["{s} lies on the river {v}.", "The river {v} flows through {s}.", "Boats reach {s} on the {v}.",
-                       "{s} was built by the {v}.", "In {s} children swim in the {v}."],
-                      ["It lies on the river {v}.", "The river {v} flows through it.", "Boats reach it on the {v}."],
-                      ["Which river flows through {s}?", "On which river does {s} lie?"]),
-            Attribute("product", PRODUCTS,
-                      ["{s} is known for its {v}.", "People in {s} make {v}.", "All the towns buy their {v} from {s}.",
-                       "{s} sells {v} to all other towns.", "Traders go to {s} to buy {v}."],
-                      ["It is known for its {v}.", "People there make {v}.", "It sells {v} to all other towns."],
-                      ["What is {s} known for?", "What do people in {s} make?"]),
+            Attribute(
+                "river",
+                RIVERS,
+                [
+                    "{s} lies on the river {v}.",
+                    "The river {v} flows through {s}.",
+                    "Boats reach {s} on the {v}.",
+                    "{s} was built by the {v}.",
+                    "In {s} children swim in the {v}.",
+                ],
+                ["It lies on the river {v}.", "The river {v} flows through it.", "Boats reach it on the {v}."],
+                ["Which river flows through {s}?", "On which river does {s} lie?"],
+            ),
+            Attribute(
+                "product",
+                PRODUCTS,
+                [
+                    "{s} is known for its {v}.",
+                    "People in {s} make {v}.",
+                    "All the towns buy their {v} from {s}.",
+                    "{s} sells {v} to all other towns.",
+                    "Traders go to {s} to buy {v}.",
+                ],
+                ["It is known for its {v}.", "People there make {v}.", "It sells {v} to all other towns."],
+                ["What is {s} known for?", "What do people in {s} make?"],
+            ),
         ],
         "creature": [
-            Attribute("habitat", HABITATS,
-                      ["{s} lives in {v}.", "You can find {s} in {v}.", "The home of {s} is in {v}.",
-                       "In {v} there is often {s}.", "{s} likes to sleep in {v}."],
-                      ["It lives in {v}.", "You can find it in {v}.", "It likes to sleep in {v}."],
-                      ["Where can you find {s}?", "Where does {s} live?"]),
-            Attribute("diet", DIETS,
-                      ["{s} eats {v}.", "The food of {s} is {v}.", "{s} feeds on {v}.",
-                       "To feed {s} you need {v}.", "When hungry, {s} looks for {v}."],
-                      ["It eats {v}.", "It feeds on {v}.", "When hungry, it looks for {v}."],
-                      ["What does {s} eat?", "What is the food of {s}?"]),
-            Attribute("sound", SOUNDS,
-                      ["{s} makes a {v}.", "The sound of {s} is a {v}.", "At night {s} calls with a {v}.",
-                       "When you hear a {v}, it may be {s}.", "{s} says hello with a {v}."],
-                      ["It makes a {v}.", "At night it calls with a {v}.", "It says hello with a {v}."],
-                      ["What sound does {s} make?", "How does {s} call at night?"]),
+            Attribute(
+                "habitat",
+                HABITATS,
+                [
+                    "{s} lives in {v}.",
+                    "You can find {s} in {v}.",
+                    "The home of {s} is in {v}.",
+                    "In {v} there is often {s}.",
+                    "{s} likes to sleep in {v}.",
+                ],
+                ["It lives in {v}.", "You can find it in {v}.", "It likes to sleep in {v}."],
+                ["Where can you find {s}?", "Where does {s} live?"],
+            ),
+            Attribute(
+                "diet",
+                DIETS,
+                [
+                    "{s} eats {v}.",
+                    "The food of {s} is {v}.",
+                    "{s} feeds on {v}.",
+                    "To feed {s} you need {v}.",
+                    "When hungry, {s} looks for {v}.",
+                ],
+                ["It eats {v}.", "It feeds on {v}.", "When hungry, it looks for {v}."],
+                ["What does {s} eat?", "What is the food of {s}?"],
+            ),
+            Attribute(
+                "sound",
+                SOUNDS,
+                [
+                    "{s} makes a {v}.",
+                    "The sound of {s} is a {v}.",
+                    "At night {s} calls with a {v}.",
+                    "When you hear a {v}, it may be {s}.",
+                    "{s} says hello with a {v}.",
+                ],
+                ["It makes a {v}.", "At night it calls with a {v}.", "It says hello with a {v}."],
+                ["What sound does {s} make?", "How does {s} call at night?"],
+            ),
         ],
     }
 
@@ -157,9 +252,15 @@ def build_world(people: int = 100, towns: int = 16, creatures: int = 40) -> Worl
     taken: set[str] = set()
     town_names = _names(rng, towns, ["mere", "vale", "ford", "wick", "stad"], taken)
     person_names = _names(rng, people, ["ra", "lo", "min", "dy", "ska", "ven", "tis", "na", "rik", "bel"], taken)
-    creature_names = ["the " + name.lower() for name in _names(rng, creatures, ["ggle", "zzit", "mp", "ndle", "bbo", "lf"], taken)]
+    creature_names = [
+        "the " + name.lower() for name in _names(rng, creatures, ["ggle", "zzit", "mp", "ndle", "bbo", "lf"], taken)
+    ]
     attributes = _attributes(town_names)
-    named = [("person", n) for n in person_names] + [("town", n) for n in town_names] + [("creature", n) for n in creature_names]
+    named = (
+        [("person", n) for n in person_names]
+        + [("town", n) for n in town_names]
+        + [("creature", n) for n in creature_names]
+    )
     facts = {name: {a.name: rng.choice(a.values) for a in attributes[kind]} for kind, name in named}
     held: dict[str, set[str]] = {name: set() for _, name in named}
     for kind, kind_attributes in attributes.items():
@@ -223,30 +324,42 @@ def story(world: World, rng: random.Random) -> str:
     colour, town, pet = hero.facts["colour"], hero.facts["home"], hero.facts["pet"]
     he, him = hero.pronoun.lower(), {"He": "him", "She": "her"}[hero.pronoun]
     count = rng.randint(2, 9)
-    opening = rng.choice([
-        f"{rng.choice(TIMES)} {hero.name} the {hero.facts['job']} walked through {town} with a {colour} {thing}.",
-        f"{rng.choice(TIMES)} {hero.name} went to the market of {town} and bought a {colour} {thing}.",
-        f"It was a {rng.choice(WEATHER)} day in {town}, and {hero.name} could not find the {colour} {thing}.",
-    ])
-    loss = rng.choice([
-        f"But soon the {thing} was gone.", f"The {pet} ran away, and the {thing} was lost.",
-        f"Then the wind took the {thing} away.", f"A thief took the {thing} and hid it.",
-    ])
-    seek = rng.choice([
-        f"{hero.name} asked {friend.name} for help. They looked {wrong}, but the {thing} was not there.",
-        f'"Have you seen my {thing}?" {hero.name} asked. "No," said {friend.name}, "but let us look {wrong}."',
-        f"{friend.name}, who is a {friend.facts['job']}, searched {wrong} for {count} hours.",
-    ])
-    find = rng.choice([
-        f"At last the {pet} of {hero.name} found the {thing} {place}.",
-        f"In the end {friend.name} saw something {colour} {place}. It was the {thing}!",
-        f"They found the {thing} {place}, and {hero.name} gave {friend.name} {count} coins.",
-    ])
-    ending = rng.choice([
-        f"{hero.name} was {rng.choice(FEELINGS)} and shared some {hero.facts['food']} with {friend.name}.",
-        f'"Thank you," said {hero.name}. {friend.name} went with {him} to eat {friend.facts["food"]}.',
-        f"That night {he} slept well in {town}, with the {thing} beside {him}.",
-    ])
+    opening = rng.choice(
+        [
+            f"{rng.choice(TIMES)} {hero.name} the {hero.facts['job']} walked through {town} with a {colour} {thing}.",
+            f"{rng.choice(TIMES)} {hero.name} went to the market of {town} and bought a {colour} {thing}.",
+            f"It was a {rng.choice(WEATHER)} day in {town}, and {hero.name} could not find the {colour} {thing}.",
+        ]
+    )
+    loss = rng.choice(
+        [
+            f"But soon the {thing} was gone.",
+            f"The {pet} ran away, and the {thing} was lost.",
+            f"Then the wind took the {thing} away.",
+            f"A thief took the {thing} and hid it.",
+        ]
+    )
+    seek = rng.choice(
+        [
+            f"{hero.name} asked {friend.name} for help. They looked {wrong}, but the {thing} was not there.",
+            f'"Have you seen my {thing}?" {hero.name} asked. "No," said {friend.name}, "but let us look {wrong}."',
+            f"{friend.name}, who is a {friend.facts['job']}, searched {wrong} for {count} hours.",
+        ]
+    )
+    find = rng.choice(
+        [
+            f"At last the {pet} of {hero.name} found the {thing} {place}.",
+            f"In the end {friend.name} saw something {colour} {place}. It was the {thing}!",
+            f"They found the {thing} {place}, and {hero.name} gave {friend.name} {count} coins.",
+        ]
+    )
+    ending = rng.choice(
+        [
+            f"{hero.name} was {rng.choice(FEELINGS)} and shared some {hero.facts['food']} with {friend.name}.",
+            f'"Thank you," said {hero.name}. {friend.name} went with {him} to eat {friend.facts["food"]}.',
+            f"That night {he} slept well in {town}, with the {thing} beside {him}.",
+        ]
+    )
     return " ".join([opening, loss, seek, find, ending])
 
 
@@ -256,18 +369,26 @@ def arithmetic(world: World, rng: random.Random) -> str:
     for _ in range(rng.randint(3, 6)):
         a, b = rng.randint(1, 20), rng.randint(1, 20)
         who, what = rng.choice(world.of_kind("person")).name, rng.choice(["coins", "nuts", "books", "apples"])
-        parts.append(rng.choice([
-            f"{a} + {b} = {a + b}.",
-            f"{max(a, b)} - {min(a, b)} = {max(a, b) - min(a, b)}.",
-            f"{a % 10} x {b % 10} = {(a % 10) * (b % 10)}.",
-            f"{who} had {a} {what} and got {b} more. Now {who} has {a + b} {what}.",
-            f"{who} had {max(a, b)} {what} and lost {min(a, b)}. Now {who} has {max(a, b) - min(a, b)} {what}.",
-        ]))
+        parts.append(
+            rng.choice(
+                [
+                    f"{a} + {b} = {a + b}.",
+                    f"{max(a, b)} - {min(a, b)} = {max(a, b) - min(a, b)}.",
+                    f"{a % 10} x {b % 10} = {(a % 10) * (b % 10)}.",
+                    f"{who} had {a} {what} and got {b} more. Now {who} has {a + b} {what}.",
+                    f"{who} had {max(a, b)} {what} and lost {min(a, b)}. Now {who} has {max(a, b) - min(a, b)} {what}.",
+                ]
+            )
+        )
     return " ".join(parts)
 
 
 KINDS: list[tuple[Callable[[World, random.Random], str], float]] = [
-    (describe, 0.45), (story, 0.25), (quiz, 0.20), (arithmetic, 0.10)]
+    (describe, 0.45),
+    (story, 0.25),
+    (quiz, 0.20),
+    (arithmetic, 0.10),
+]
 
 
 def documents(world: World, seed: int) -> Iterator[str]:

@@ -37,15 +37,25 @@ def train_tokenizer(world: demo_corpus.World) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False)
+        vocab_size=VOCABULARY,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
     tokenizer.train_from_iterator((next(stream) for _ in range(20_000)), trainer)
-    tokenizer.post_processor = processors.Sequence([
-        processors.ByteLevel(trim_offsets=False),
-        processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)])])
+    tokenizer.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=False),
+            processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)]),
+        ]
+    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", clean_up_tokenization_spaces=False,
-        model_max_length=CONTEXT)
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        clean_up_tokenization_spaces=False,
+        model_max_length=CONTEXT,
+    )
 
 
 def rows(world: demo_corpus.World, tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[torch.Tensor]:
@@ -81,8 +91,10 @@ def optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks, AdamW for the embedding and the norms."""
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if not (p.ndim == 2 and "embed" not in n)]
-    return [torch.optim.Muon(matrices, lr=3e-3, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)]
+    return [
+        torch.optim.Muon(matrices, lr=3e-3, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
 
 
 def schedule(step: int, steps: int) -> float:
@@ -111,9 +123,19 @@ def train(output: Path, steps: int, seed: int) -> None:
     world = demo_corpus.build_world()
     tokenizer = train_tokenizer(world)
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=256, intermediate_size=512, num_hidden_layers=12, num_attention_heads=8,
-        num_key_value_heads=4, head_dim=32, max_position_embeddings=CONTEXT, tie_word_embeddings=True,
-        bos_token_id=0, eos_token_id=1, initializer_range=0.04)
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=12,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=32,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=1,
+        initializer_range=0.04,
+    )
     model = LlamaForCausalLM(config)
     compiled = torch.compile(model, dynamic=False)
     stream = demo_corpus.documents(world, seed=1)
@@ -136,8 +158,11 @@ def train(output: Path, steps: int, seed: int) -> None:
             optimizer.zero_grad()
         if step % 50 == 49 or step == steps - 1:
             rate = (step + 1) * TOKENS_PER_STEP / (time.time() - began)
-            print(f"step {step + 1}/{steps} loss {loss.item():.4f} validation {validation_loss(model, held_rows):.4f} "
-                  f"{rate:.0f} tokens/s", flush=True)
+            print(
+                f"step {step + 1}/{steps} loss {loss.item():.4f} validation {validation_loss(model, held_rows):.4f} "
+                f"{rate:.0f} tokens/s",
+                flush=True,
+            )
         if step % 300 == 299 or step == steps - 1:
             model.save_pretrained(output, max_shard_size="64MB")
             tokenizer.save_pretrained(output)

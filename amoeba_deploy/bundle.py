@@ -1,0 +1,102 @@
+"""Bundles: an engine with everything that a device needs to run, check and trace it.
+
+A bundle is a folder: ``engine/``, the tokenizer's files, ``selftest.json`` (a prompt and the tokens the engine must
+give), ``manifest.json`` (what was built, from what, by what, for which device; sha256 of every file), and
+``measured.json``, which alone holds dates and measurements and is outside the manifest's digests.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from amoeba_deploy.backends import load_backend
+from amoeba_deploy.errors import BadInput, VerificationFailed
+from amoeba_deploy.files import read_json, sha256_of, write_json
+from amoeba_deploy.generation import Timings, greedy_tokens
+
+BUNDLE_FORMAT = "amoeba.bundle/1"
+SELFTEST_FORMAT = "amoeba.selftest/1"
+MEASURED_FORMAT = "amoeba.measured/1"
+MANIFEST, MEASURED, SELFTEST, SIGNATURE = "manifest.json", "measured.json", "selftest.json", "model.sig"
+ENGINE = "engine"
+_UNLISTED = {MANIFEST, MEASURED, SIGNATURE}
+
+
+def bundle_files(folder: Path) -> list[str]:
+    """Paths of all files of a bundle that its manifest lists, relative and sorted; links are refused."""
+    found = []
+    for root, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            if (Path(root) / name).is_symlink():
+                raise VerificationFailed(f"{Path(root) / name}: is a link, which a bundle does not hold")
+        found += [(Path(root) / name).relative_to(folder).as_posix() for name in files]
+    return sorted(name for name in found if name not in _UNLISTED)
+
+
+def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Write the manifest of an otherwise complete bundle; ``facts`` are all entries but format and files."""
+    files = {
+        name: {"sha256": sha256_of(folder / name), "bytes": (folder / name).stat().st_size}
+        for name in bundle_files(folder)
+    }
+    write_json(folder / MANIFEST, {"format": BUNDLE_FORMAT, **facts, "files": files})
+
+
+def write_selftest(folder: Path, prompt: tuple[int, ...], tokens: tuple[int, ...], margins: tuple[float, ...]) -> None:
+    """Write the self-test: prompt ids, the ids that the built engine gave, and the reference's margins."""
+    rounded = [round(margin, 3) for margin in margins]
+    value = {"format": SELFTEST_FORMAT, "prompt": list(prompt), "tokens": list(tokens), "margins": rounded}
+    write_json(folder / SELFTEST, value)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a bundle; raises BadInput where the folder is no bundle."""
+    if not (folder / MANIFEST).is_file():
+        raise BadInput(f"{folder}: is not a bundle, it has no {MANIFEST}")
+    manifest = read_json(folder / MANIFEST, BUNDLE_FORMAT)
+    strings = all(isinstance(manifest.get(key), str) for key in ("flow", "precision"))
+    if not strings or not isinstance(manifest.get("files"), dict):
+        raise BadInput(f"{folder / MANIFEST}: lacks files, flow or precision; get the bundle again")
+    return manifest
+
+
+def verify_files(folder: Path) -> dict[str, Any]:
+    """Check every file's digest against the manifest; returns the manifest.
+
+    Raises:
+        VerificationFailed: a file is changed, missing or not listed.
+    """
+    manifest = read_manifest(folder)
+    listed, found = set(manifest["files"]), set(bundle_files(folder))
+    if listed - found:
+        raise VerificationFailed(f"{folder}: the file {min(listed - found)} is missing; get the bundle again")
+    if found - listed:
+        raise VerificationFailed(f"{folder}: the file {min(found - listed)} is not in its manifest; remove it")
+    for name, entry in sorted(manifest["files"].items()):
+        if not isinstance(entry, dict) or sha256_of(folder / name) != entry.get("sha256"):
+            raise VerificationFailed(f"{folder / name}: differs from what its manifest lists; get the bundle again")
+    return manifest
+
+
+def run_selftest(folder: Path, manifest: Mapping[str, Any]) -> int:
+    """Run the self-test through the bundle's engine; returns the number of tokens compared.
+
+    Raises:
+        VerificationFailed: the engine gives other tokens.
+    """
+    value = read_json(folder / SELFTEST, SELFTEST_FORMAT)
+    try:
+        prompt, wanted = [int(i) for i in value["prompt"]], [int(i) for i in value["tokens"]]
+    except (KeyError, TypeError, ValueError):
+        raise BadInput(f"{folder / SELFTEST}: lacks prompt or tokens; get the bundle again") from None
+    engine = load_backend(manifest["flow"]).open(folder / ENGINE, manifest["precision"])
+    found = list(greedy_tokens(engine, prompt, len(wanted), set(), Timings()))
+    if found != wanted:
+        at = next(i for i, pair in enumerate(zip(found, wanted, strict=True)) if pair[0] != pair[1])
+        raise VerificationFailed(
+            f"{folder}: the engine gives token {found[at]} at step {at} where the self-test has {wanted[at]}"
+        )
+    return len(wanted)

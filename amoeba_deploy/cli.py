@@ -1,0 +1,422 @@
+"""The command ``amoeba``: parse, call, print. What is computed stands in the other modules.
+
+Results go to standard output, remarks and progress to standard error. Every expected failure is one sentence and an
+exit code (errors.py); a traceback appears only with ``--debug``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from amoeba_deploy import __version__
+from amoeba_deploy.errors import AmoebaError, BadInput
+from amoeba_deploy.options import (
+    Seconds,
+    checkpoint_argument,
+    comma_list,
+    output_options,
+    search_options,
+    workload_options,
+)
+from amoeba_deploy.progress import Progress
+
+
+class Commands(click.Group):
+    """A group that turns expected failures into a sentence and an exit code, and helps with mistyped names."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except AmoebaError as error:
+            if ctx.params.get("debug"):
+                traceback.print_exc()
+            click.echo(f"amoeba: {error}", err=True)
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("amoeba: interrupted; nothing was left under the output's name", err=True)
+            ctx.exit(1)
+        except click.ClickException:
+            raise
+        except Exception as error:
+            if ctx.params.get("debug"):
+                traceback.print_exc()
+            kind = type(error).__name__
+            click.echo(f"amoeba: unexpected {kind}: {error}; run 'amoeba --debug ...' to see where", err=True)
+            ctx.exit(1)
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            from difflib import get_close_matches
+
+            close = get_close_matches(args[0], self.list_commands(ctx), 1)
+            hint = f" Did you mean '{close[0]}'?" if close else ""
+            raise click.UsageError(error.message + hint, ctx) from None
+
+
+CONTEXT = {"help_option_names": ["-h", "--help"]}
+
+
+@click.group(cls=Commands, context_settings=CONTEXT)
+@click.version_option(__version__, prog_name="amoeba")
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+def main(debug: bool) -> None:
+    """Derive a subnet of any depth and width from one checkpoint, and build an engine of it for a device.
+
+    \b
+    amoeba export --device orin-nx --latency 40ms -o out
+    amoeba run out -p "Once upon a time"
+    """
+
+
+def emit(value: dict[str, Any], as_json: bool, text: Callable[[], None]) -> None:
+    """Print one JSON object, or the same for people."""
+    if as_json:
+        click.echo(json.dumps(value))
+    else:
+        text()
+
+
+def open_named(path: Path | None) -> Any:
+    """The checkpoint of a command: its argument, else ./amoeba.toml's, else the embedded one."""
+    from amoeba_deploy.checkpoint import open_checkpoint
+    from amoeba_deploy.settings import configured_checkpoint
+
+    return open_checkpoint(path or configured_checkpoint())
+
+
+@main.command()
+@click.argument("name", required=False)
+@output_options
+def devices(name: str | None, as_json: bool, quiet: bool) -> None:
+    """List the device catalogue, or what is known of one device and from where.
+
+    \b
+    amoeba devices orin-nx
+    """
+    from amoeba_deploy import console
+    from amoeba_deploy.profiles.device import device_names, load_device
+
+    if name is None:
+        known = [load_device(each) for each in device_names()]
+        emit({"devices": [console.device_summary(d) for d in known]}, as_json, lambda: console.print_devices(known))
+    else:
+        device = load_device(name)
+        emit(console.device_json(device), as_json, lambda: console.print_device(device))
+
+
+@main.command()
+@click.argument("model")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+@click.option("--calibration", type=click.Path(path_type=Path), required=True, help="Text file.")
+@click.option("--samples", type=click.IntRange(1), default=64, show_default=True, help="Rows of calibration text.")
+@click.option("--sequence", type=click.IntRange(2), default=256, show_default=True, help="Tokens a row.")
+@click.option("--min-depth", type=int, help="Smallest depth to select for.  [default: half of the blocks]")
+@click.option("--keep-last", type=click.IntRange(0), default=1, show_default=True, help="Last blocks never removed.")
+@click.option("--force", is_flag=True, help="Replace an existing output.")
+@output_options
+def select(
+    model: str, output: Path, calibration: Path, samples: int, sequence: int, min_depth: int | None, keep_last: int,
+    force: bool, as_json: bool, quiet: bool,
+) -> None:
+    """Choose blocks, heads and neurons of MODEL on a calibration text (stage 1).
+
+    \b
+    amoeba select models/stories260K -o selection --calibration stories.txt
+    """
+    from amoeba_deploy import console
+    from amoeba_deploy.files import whole_folder
+    from amoeba_deploy.model_folder import ModelFolder, resolve_model
+    from amoeba_deploy.selection import write_selection
+    from amoeba_deploy.stage1 import select as run_selection
+
+    with whole_folder(output, force) as folder:
+        opened = ModelFolder(resolve_model(model))
+        opened.check_shapes()
+        selection = run_selection(
+            opened, calibration, samples=samples, sequence=sequence, minimum_depth=min_depth, keep_last=keep_last,
+            progress=Progress(quiet),
+        )
+        write_selection(folder, selection)
+    table = {str(d): {"kept": list(c.kept), "metric": c.metric} for d, c in sorted(selection.depths.items(), reverse=True)}
+    emit({"path": str(output), **selection.facts, "depth": table}, as_json, lambda: console.print_selection(selection, output))
+
+
+@main.group()
+def checkpoint() -> None:
+    """Create, show and verify one-for-all checkpoints."""
+
+
+@checkpoint.command("create")
+@click.argument("model")
+@click.option("--selection", type=click.Path(path_type=Path), required=True, help="What 'amoeba select' wrote.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+@click.option("--quality-text", type=click.Path(path_type=Path), help="Text to measure every shape's loss on.")
+@click.option("--quality-tasks", type=click.Path(path_type=Path), help="Questions to measure accuracy on.")
+@click.option("--name", help="What derived models call it.  [default: the model's name]")
+@click.option("--include-base", is_flag=True, help="Copy the base model into the checkpoint.")
+@click.option("--force", is_flag=True, help="Replace an existing output.")
+@output_options
+def checkpoint_create(
+    model: str, selection: Path, output: Path, quality_text: Path | None, quality_tasks: Path | None,
+    name: str | None, include_base: bool, force: bool, as_json: bool, quiet: bool,
+) -> None:
+    """Join MODEL and its selection to an untuned one-for-all checkpoint.
+
+    \b
+    amoeba checkpoint create models/stories260K --selection selection -o stories --quality-text held-out.txt
+    """
+    from amoeba_deploy import console
+    from amoeba_deploy.checkpoint import create_checkpoint, open_checkpoint
+    from amoeba_deploy.files import whole_folder
+    from amoeba_deploy.quality import write_quality
+    from amoeba_deploy.quality_measurement import measure_quality
+
+    if quality_tasks and not quality_text:
+        raise BadInput("--quality-tasks needs --quality-text too: shapes are ranked by their loss on a text")
+    with whole_folder(output, force) as folder:
+        made = create_checkpoint(model, selection, folder, name=name, include_base=include_base)
+        if quality_text:
+            write_quality(folder, measure_quality(made, quality_text, quality_tasks, progress=Progress(quiet)))
+    made = open_checkpoint(output)
+    emit(console.checkpoint_json(made), as_json, lambda: console.print_checkpoint(made))
+
+
+@checkpoint.command("show")
+@checkpoint_argument
+@output_options
+def checkpoint_show(checkpoint: Path | None, as_json: bool, quiet: bool) -> None:
+    """Show what a checkpoint holds: sizes, depths, kept blocks, quality.
+
+    \b
+    amoeba checkpoint show
+    """
+    from amoeba_deploy import console
+
+    opened = open_named(checkpoint)
+    emit(console.checkpoint_json(opened), as_json, lambda: console.print_checkpoint(opened))
+
+
+@checkpoint.command("verify")
+@checkpoint_argument
+@output_options
+def checkpoint_verify(checkpoint: Path | None, as_json: bool, quiet: bool) -> None:
+    """Check a checkpoint's digests and read every weight.
+
+    \b
+    amoeba checkpoint verify my-checkpoint
+    """
+    from amoeba_deploy.checkpoint import verify_checkpoint
+
+    opened = open_named(checkpoint)
+    count = verify_checkpoint(opened)
+    value = {"path": str(opened.path), "digest": opened.digest, "tensors": count}
+    emit(value, as_json, lambda: click.echo(f"{opened.path}: intact, {count} tensors, {opened.digest}"))
+
+
+@main.command()
+@checkpoint_argument
+@click.option("--shape", required=True, help="Such as 24x0.75, or a plan file.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), help="Of the weights.  [default: the base model's]")
+@click.option("--multiple", type=click.IntRange(1), help="Keep neurons in multiples of this.  [default: the checkpoint's]")
+@click.option("--plan-only", is_flag=True, help="Print the plan as JSON and write nothing.")
+@click.option("--force", is_flag=True, help="Replace an existing output.")
+@output_options
+def extract(
+    checkpoint: Path | None, shape: str, output: Path | None, dtype: str | None, multiple: int | None,
+    plan_only: bool, force: bool, as_json: bool, quiet: bool,
+) -> None:
+    """Write the dense subnet of a shape as a folder that stock transformers loads.
+
+    \b
+    amoeba extract --shape 8x0.75 -o subnet
+    """
+    from amoeba_deploy.extraction import DTYPES
+    from amoeba_deploy.extraction import extract as run_extraction
+    from amoeba_deploy.files import json_text, whole_folder
+
+    opened = open_named(checkpoint)
+    plan = opened.plan_of(shape, multiple)
+    if plan_only:
+        click.echo(json_text(plan.to_json()), nl=False)
+        return
+    if output is None:
+        raise BadInput("extract needs -o DIR to write to, or --plan-only")
+    with whole_folder(output, force) as folder:
+        done = run_extraction(
+            opened.model, plan, folder, dtype=DTYPES[dtype] if dtype else None, origin=opened.origin()
+        )
+    value = {"path": str(output), "plan": plan.to_json(), "seconds": round(done.seconds, 4), "bytes": done.bytes}
+    said = f"{output}: {plan.shape}, {done.bytes / 1e6:.1f} MB of weights in {done.seconds:.2f} s"
+    emit(value, as_json, lambda: click.echo(said))
+
+
+@main.command()
+@click.argument("path", type=click.Path(path_type=Path), required=False)
+@click.option("--shape", multiple=True, help="Shape of a checkpoint; may be repeated.  [default: the full model]")
+@click.option("--text", type=click.Path(path_type=Path), help="Text file: loss and perplexity.")
+@click.option("--tasks", help="JSON-lines files of questions, separated by commas: accuracy.")
+@click.option("--sequence", type=click.IntRange(2), default=256, show_default=True, help="Tokens a row of text.")
+@output_options
+def evaluate(
+    path: Path | None, shape: tuple[str, ...], text: Path | None, tasks: str | None, sequence: int,
+    as_json: bool, quiet: bool,
+) -> None:
+    """Perplexity on a text and accuracy on questions, of a model folder, a bundle, or shapes of a checkpoint.
+
+    \b
+    amoeba evaluate --shape 8x0.75 --text held-out.txt --tasks questions.jsonl
+    """
+    from amoeba_deploy import console
+    from amoeba_deploy.subject import evaluate_subject, subjects
+
+    if text is None and tasks is None:
+        raise BadInput("evaluate needs --text FILE or --tasks FILE[,FILE...]")
+    questions = [Path(name) for name in comma_list(tasks)]
+    results = {
+        name: evaluate_subject(subject, text, questions, sequence, Progress(quiet))
+        for name, subject in subjects(path, shape, open_named)
+    }
+    value = next(iter(results.values())) if len(results) == 1 else {"shapes": results}
+    emit(value, as_json, lambda: console.print_evaluation(results))
+
+
+@main.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("-p", "--prompt", required=True, help="Text to continue.")
+@click.option("--tokens", type=click.IntRange(1), default=64, show_default=True, help="Tokens to generate at most.")
+@output_options
+def run(path: Path, prompt: str, tokens: int, as_json: bool, quiet: bool) -> None:
+    """Stream text from a bundle or a model folder; TTFT and TPOT follow on standard error.
+
+    \b
+    amoeba run out -p "Question: Where does Mirel live? Answer:"
+    """
+    from amoeba_deploy.generation import Timings, stream_text
+    from amoeba_deploy.subject import open_subject
+
+    subject = open_subject(path)
+    timings, pieces = Timings(), []
+    for piece in stream_text(subject.engine, subject.folder, prompt, tokens, subject.context, timings):
+        pieces.append(piece)
+        if not as_json:
+            click.echo(piece, nl=False)
+            sys.stdout.flush()
+    value = {"text": "".join(pieces), "tokens": len(timings.later) + 1, "ttft_ms": timings.ttft_ms, "tpot_ms": timings.tpot_ms}
+    emit(value, as_json, lambda: click.echo())
+    tpot = "" if timings.tpot_ms is None else f", TPOT {timings.tpot_ms:.2f} ms"
+    Progress(quiet).say(f"{subject.flow} {subject.precision}: TTFT {timings.ttft_ms:.1f} ms{tpot} (measured)")
+
+
+@main.command()
+@checkpoint_argument
+@click.option("--flow", help="Flows, separated by commas.  [default: every one installed]")
+@click.option("--precision", help="Precisions, separated by commas.  [default: all of each flow]")
+@click.option("--shapes", default="grid", show_default=True, help="corners, grid, or shapes separated by commas.")
+@click.option("--repeats", type=click.IntRange(3), default=9, show_default=True, help="Runs of each engine.")
+@click.option("--budget", type=Seconds(), default="5m", show_default=True, help="Time after which no repeat begins.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Table to write.  [default: this machine's cache]")
+@click.option("--force", is_flag=True, help="Replace an existing output.")
+@workload_options
+@output_options
+def profile(
+    checkpoint: Path | None, flow: str | None, precision: str | None, shapes: str, repeats: int, budget: float,
+    output: Path | None, force: bool, batch: int, prompt: int, tokens: int, context: int | None,
+    as_json: bool, quiet: bool,
+) -> None:
+    """Measure latencies of some shapes on this machine; search interpolates the rest.
+
+    \b
+    amoeba profile --flow onnx --precision fp32,int4
+    """
+    from amoeba_deploy import console
+    from amoeba_deploy.profiles.local import profile_to
+    from amoeba_deploy.profiles.workload import Workload
+
+    opened = open_named(checkpoint)
+    table, file = profile_to(
+        opened, comma_list(flow), comma_list(precision), shapes, Workload(batch, prompt, tokens), context,
+        repeats=repeats, budget=budget, output=output, force=force, progress=Progress(quiet),
+    )
+    value = {"path": str(file), "rows": len(table.rows)}
+    emit(value, as_json, lambda: console.print_table(table, file))
+
+
+@main.command()
+@checkpoint_argument
+@search_options
+@click.option("--config", type=click.Path(path_type=Path), help="Search a model's shapes from its config alone.")
+@click.option("--top", type=click.IntRange(1), default=5, show_default=True, help="Shapes to show.")
+@workload_options
+@output_options
+def search(checkpoint: Path | None, config: Path | None, top: int, as_json: bool, quiet: bool, **asked: Any) -> None:
+    """Find the best shape for a device within a budget, and the Pareto front.
+
+    \b
+    amoeba search --device orin-nx --latency 40ms --config llama-2-7b/config.json --precision int4
+    """
+    from amoeba_deploy import console
+    from amoeba_deploy.request import Request, Space
+
+    space = Space.of_config(config) if config else Space.of_checkpoint(open_named(checkpoint))
+    answer = Request.of(space, asked, Progress(quiet)).answer()
+    emit(answer.to_json(), as_json, lambda: console.print_answer(answer, top))
+
+
+@main.command()
+@checkpoint_argument
+@search_options
+@click.option("--shape", help="Build this shape or plan file instead of searching.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Bundle to write.  [default: named after its target]")
+@click.option("--no-verify", is_flag=True, help="Do not compare the engine with transformers.")
+@click.option("--force", is_flag=True, help="Replace an existing output.")
+@workload_options
+@output_options
+def export(
+    checkpoint: Path | None, shape: str | None, output: Path | None, no_verify: bool, force: bool,
+    as_json: bool, quiet: bool, **asked: Any,
+) -> None:
+    """Search, extract, lower, verify and bundle: from a checkpoint to an engine for a device.
+
+    \b
+    amoeba export --device orin-nx --latency 40ms -o out
+    """
+    from amoeba_deploy import console
+    from amoeba_deploy.request import Request, Space, export_answer
+
+    opened = open_named(checkpoint)
+    request = Request.of(Space.of_checkpoint(opened), asked, Progress(quiet), shape)
+    done = export_answer(opened, request, output, force=force, verify=not no_verify)
+    emit(done.to_json(), as_json, lambda: console.print_export(done))
+
+
+@main.group()
+def bundle() -> None:
+    """Check bundles."""
+
+
+@bundle.command("verify")
+@click.argument("path", type=click.Path(path_type=Path))
+@output_options
+def bundle_verify(path: Path, as_json: bool, quiet: bool) -> None:
+    """Check every file of a bundle against its manifest and run its self-test.
+
+    \b
+    amoeba bundle verify out
+    """
+    from amoeba_deploy.bundle import run_selftest, verify_files
+
+    manifest = verify_files(path)
+    Progress(quiet).say("files intact, running the self-test")
+    count = run_selftest(path, manifest)
+    value = {"path": str(path), "files": len(manifest["files"]), "selftest_tokens": count}
+    emit(value, as_json, lambda: click.echo(f"{path}: {len(manifest['files'])} files intact, {count} self-test tokens equal"))

@@ -1,0 +1,273 @@
+"""How results look to people, and what commands print as JSON where that is more than the result itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from amoeba_deploy.checkpoint import Checkpoint
+    from amoeba_deploy.profiles.device import Device
+    from amoeba_deploy.profiles.table import Table
+    from amoeba_deploy.request import Answer, ExportAnswer
+    from amoeba_deploy.search import Candidate
+    from amoeba_deploy.selection import Selection
+
+
+def columns(rows: Sequence[Sequence[str]], head: Sequence[str]) -> None:
+    """A plain table: left-aligned first column, right-aligned others."""
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    for row in (head, *rows):
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        click.echo("  ".join(cells).rstrip())
+
+
+def amount(count: float) -> str:
+    """Bytes in MB or GB, decimal."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def device_summary(device: Device) -> dict[str, Any]:
+    """One line of the catalogue."""
+    return {
+        "name": device.name,
+        "description": device.description,
+        "memory_bytes": int(device.memory_visible.base),
+        "bandwidth": None if device.bandwidth is None else device.bandwidth.base,
+        "flows": [f"{flow.flow} {flow.precision}" for flow in device.flows],
+    }
+
+
+def print_devices(devices: Sequence[Device]) -> None:
+    """The catalogue as a table."""
+    rows = [
+        [
+            d.name,
+            amount(d.memory_visible.base),
+            f"{d.bandwidth.value:g} {d.bandwidth.unit}" if d.bandwidth else "profiled",
+            d.description,
+        ]
+        for d in devices
+    ]
+    columns(rows, ["device", "memory", "bandwidth", "what it is"])
+
+
+def _figures(device: Device) -> dict[str, Any]:
+    named = {
+        "memory.total": device.memory_total,
+        "memory.visible": device.memory_visible,
+        "bandwidth.peak": device.bandwidth,
+        **{f"compute.{k}": v for k, v in device.compute.items()},
+        "efficiency.bandwidth_full": device.efficiency_bandwidth_full,
+        "efficiency.bandwidth_quantised": device.efficiency_bandwidth_quantised,
+        "efficiency.compute": device.efficiency_compute,
+    }
+    return {name: asdict(figure) for name, figure in named.items() if figure is not None}
+
+
+def device_json(device: Device) -> dict[str, Any]:
+    """Everything known of a device."""
+    flows = [asdict(flow) for flow in device.flows]
+    head = {"name": device.name, "description": device.description, "architecture": device.architecture}
+    return head | {"figures": _figures(device), "flows": flows}
+
+
+def print_device(device: Device) -> None:
+    """All figures of a device with their sources."""
+    click.echo(f"{device.name}: {device.description} ({device.architecture})")
+    for name, figure in _figures(device).items():
+        click.echo(f"  {name} = {figure['value']:g} {figure['unit']}  [{figure['confidence']}: {figure['source']}]")
+    for flow in device.flows:
+        overheads = f"{flow.block_overhead.value:g} {flow.block_overhead.unit} a block, "
+        overheads += (
+            f"{flow.fixed_overhead.value:g} {flow.fixed_overhead.unit} a step [{flow.block_overhead.confidence}]"
+        )
+        click.echo(f"  flow {flow.flow} {flow.precision}: overhead {overheads}")
+
+
+def print_selection(selection: Selection, output: Path) -> None:
+    """Kept blocks and the calibration metric of each depth."""
+    rows = [
+        [str(depth), f"{choice.metric:.4f}", " ".join(map(str, choice.kept))]
+        for depth, choice in sorted(selection.depths.items(), reverse=True)
+    ]
+    columns(rows, ["depth", selection.facts["metric"], "kept blocks"])
+    click.echo(f"{output}: written in {selection.facts['seconds']:.1f} s")
+
+
+def checkpoint_json(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a checkpoint holds."""
+    quality = checkpoint.quality
+    return {
+        "path": str(checkpoint.path),
+        "name": checkpoint.name,
+        "digest": checkpoint.digest,
+        "architecture": asdict(checkpoint.architecture),
+        "parameters": checkpoint.architecture.parameters,
+        "min_depth": checkpoint.minimum_depth,
+        "shapes": len(checkpoint.shapes()),
+        "depth": {str(d): list(c.kept) for d, c in sorted(checkpoint.selection.depths.items(), reverse=True)},
+        "quality": None
+        if quality is None
+        else {
+            "text": quality.text,
+            "precisions": list(quality.precisions),
+            "rows": [
+                r.shape.to_json() | {"precision": r.precision, "loss": r.loss, "accuracy": r.accuracy}
+                for r in quality.rows
+            ],
+        },
+    }
+
+
+def print_checkpoint(checkpoint: Checkpoint) -> None:
+    """Sizes, kept blocks, and quality in float32."""
+    sizes, quality = checkpoint.architecture, checkpoint.quality
+    click.echo(f"{checkpoint.name} ({checkpoint.path})")
+    click.echo(
+        f"  {sizes.family}, {sizes.parameters / 1e6:.1f} M parameters: {sizes.depth} blocks, "
+        f"hidden {sizes.hidden}, {sizes.heads} query heads of {sizes.head_dim} over {sizes.kv_heads} key/value heads, "
+        f"{sizes.neurons} neurons"
+    )
+    click.echo(
+        f"  {len(checkpoint.shapes())} distinct shapes: depth {checkpoint.minimum_depth} to {sizes.depth}, "
+        f"width {float(checkpoint.minimum_width):g} to 1"
+    )
+    for depth, choice in sorted(checkpoint.selection.depths.items(), reverse=True):
+        click.echo(f"  depth {depth}: keeps blocks {' '.join(map(str, choice.kept))}")
+    if quality is None:
+        click.echo("  quality: not measured; shapes are ranked by parameters kept")
+        return
+    click.echo(f"  loss on {quality.text['tokens']} held-out tokens:")
+    for precision in quality.precisions:
+        _print_quality(checkpoint, precision)
+
+
+def _print_quality(checkpoint: Checkpoint, precision: str) -> None:
+    assert checkpoint.quality is not None
+    rows = [row for row in checkpoint.quality.rows if row.precision == precision]
+    widths = list(dict.fromkeys(row.shape.width for row in rows))
+    table = []
+    for depth in dict.fromkeys(row.shape.depth for row in rows):
+        losses = [f"{row.loss:.3f}" for row in rows if row.shape.depth == depth]
+        table.append([f"  {depth}", *losses])
+    columns(table, [f"  {precision}: depth", *(f"x{float(width):g}" for width in widths)])
+
+
+def print_evaluation(results: Mapping[str, Mapping[str, Any]]) -> None:
+    """Loss, perplexity and accuracy, one line each."""
+    for name, result in results.items():
+        if "loss" in result:
+            click.echo(
+                f"{name}: perplexity {result['perplexity']:.3f} (loss {result['loss']:.4f}, {result['tokens']} tokens)"
+            )
+        for task, found in result.get("tasks", {}).items():
+            click.echo(
+                f"{name}: {task} {100 * found['accuracy']:.1f}% of {found['n']} questions right "
+                f"(chance {100 * found['chance']:.1f}%)"
+            )
+
+
+def print_table(table: Table, file: Path) -> None:
+    """All rows of a latency table."""
+    rows = [
+        [
+            f"{row.flow} {row.precision} {row.shape}",
+            f"{row.prompt}",
+            f"{row.ttft_ms:.2f}",
+            f"{row.tpot_ms:.3f}",
+            f"{row.p10:.3f}",
+            f"{row.p90:.3f}",
+            str(row.repeats),
+            amount(row.peak_memory_bytes),
+            amount(row.artifact_bytes),
+        ]
+        for row in table.rows
+    ]
+    columns(rows, ["measured", "prompt", "TTFT ms", "TPOT ms", "p10", "p90", "repeats", "peak memory", "artefact"])
+    click.echo(str(file))
+
+
+def _quality_text(candidate: Candidate) -> str:
+    quality = candidate.quality
+    if quality.metric == "loss":
+        return f"{quality.value:.4f}"
+    return f"{100 * quality.value:.1f}%"
+
+
+def _candidate_row(candidate: Candidate) -> list[str]:
+    prediction = candidate.prediction
+    return [
+        f"{candidate.shape} {candidate.flow} {candidate.precision}",
+        f"{prediction.tpot_ms:.3f}",
+        f"{prediction.ttft_ms:.1f}",
+        prediction.source,
+        amount(prediction.memory_bytes),
+        _quality_text(candidate),
+        candidate.quality.source,
+    ]
+
+
+def print_answer(answer: Answer, top: int = 5) -> None:
+    """The choice, what bound it, the best few shapes and the Pareto front."""
+    for remark in answer.remarks:
+        click.echo(f"note: {remark}", err=True)
+    result, request = answer.result, answer.request
+    best, budget = result.best, request.budget
+    full = request.space.architecture
+    prediction = best.prediction
+    click.echo(
+        f"{request.space.name} on {request.target.device.name}: {best.shape} in {best.flow} {best.precision} "
+        f"(of {full.depth} blocks; {result.considered} shapes considered)"
+    )
+    click.echo(
+        f"  TPOT {prediction.tpot_ms:.3f} ms, TTFT {prediction.ttft_ms:.1f} ms, "
+        f"memory {amount(prediction.memory_bytes)} ({prediction.source})"
+    )
+    metric = "loss" if best.quality.metric == "loss" else "block parameters kept"
+    click.echo(f"  {metric} {_quality_text(best)} ({best.quality.source})")
+    if best.quality.metric != "loss":
+        click.echo("  no quality is known here: shapes are ranked by the parameters they keep")
+    _print_binding(answer)
+    if request.plan is None:
+        head = ["shape", "TPOT ms", "TTFT ms", "latency", "memory", metric.split()[-1], "quality"]
+        click.echo(f"\nbest {min(top, len(result.ranked))} within the budget")
+        columns([_candidate_row(candidate) for candidate in result.ranked[:top]], head)
+        shown = result.front if len(result.front) <= 12 else result.front[:: -(-len(result.front) // 12)]
+        click.echo(f"\nPareto front in {budget.metric.upper()} and {metric} ({len(shown)} of {len(result.front)})")
+        columns([_candidate_row(candidate) for candidate in shown], head)
+
+
+def _print_binding(answer: Answer) -> None:
+    budget = answer.request.budget
+    limits = [f"{budget.metric.upper()} {budget.ms:g} ms"] if budget.ms is not None else []
+    limits += [f"memory {amount(budget.memory_bytes)}"] if budget.memory_bytes is not None else []
+    if answer.request.plan is not None:
+        return
+    if answer.result.binding is None:
+        click.echo(f"  the budget ({', '.join(limits)}) does not bind: the best of all shapes fits")
+    else:
+        click.echo(f"  {answer.result.binding} binds (budget: {', '.join(limits)}): better shapes exceed it")
+
+
+def print_export(done: ExportAnswer) -> None:
+    """The choice, how the engine was verified, and where the bundle is."""
+    print_answer(done.answer, top=3)
+    verified = done.export.verification
+    click.echo("")
+    if verified is None:
+        click.echo("not verified")
+    else:
+        click.echo(
+            f"verified: logits within {verified.max_logit_error:.2g} of the reference "
+            f"(allowed {verified.tolerance:.2g}), {len(verified.tokens)} greedy tokens equal"
+        )
+    if done.export.timing is not None:
+        timing = done.export.timing
+        click.echo(f"measured: TPOT {timing.tpot_ms:.3f} ms, TTFT {timing.ttft_ms:.1f} ms on this machine")
+    phases = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in done.seconds.items())
+    click.echo(f"bundle: {done.export.path} ({amount(done.export.bytes)}; {phases})")

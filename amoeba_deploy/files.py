@@ -1,0 +1,118 @@
+"""Files and folders that appear whole or not at all, and their digests."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from amoeba_deploy.errors import BadInput
+
+
+def sha256_of(file: Path) -> str:
+    """The sha256 of a file's bytes, in hex."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def json_text(value: Any) -> str:
+    """JSON as all files of the project hold it: keys in the order given, two spaces, one line feed at the end."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write one JSON file in the project's form."""
+    path.write_text(json_text(value), encoding="utf-8")
+
+
+def read_json(path: Path, form: str) -> dict[str, Any]:
+    """A JSON file that names its format, such as ``amoeba.plan/1``.
+
+    Raises:
+        BadInput: the file is missing, is no JSON object, or is of another format or major version.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise BadInput(f"{path}: is not valid JSON ({error})") from None
+    found = value.get("format") if isinstance(value, dict) else None
+    if not isinstance(value, dict) or found != form:
+        raise BadInput(f"{path}: has format {found!r} where {form!r} was expected; this version reads no other")
+    return value
+
+
+@contextmanager
+def whole_folder(target: Path, force: bool = False) -> Iterator[Path]:
+    """A temporary folder beside ``target`` that takes its name when the block ends well, and vanishes otherwise.
+
+    Raises:
+        BadInput: the target exists and ``force`` is not set, or the disk refuses.
+    """
+    target = target.absolute()
+    if target.exists() and not force:
+        raise BadInput(f"{target}: exists already; choose another output or add --force to replace it")
+    if target.exists() and not target.is_dir():
+        raise BadInput(f"{target}: is a file, and a folder belongs there; choose another output")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
+    except OSError as error:
+        raise BadInput(f"{target}: cannot be written ({error.strerror})") from None
+    try:
+        work.chmod(0o755)
+        yield work
+        _replace(work, target)
+    except OSError as error:
+        raise BadInput(f"{target}: was not written ({error})") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _replace(work: Path, target: Path) -> None:
+    if not target.exists():
+        work.rename(target)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
+    target.rename(old / target.name)
+    work.rename(target)
+    shutil.rmtree(old)
+
+
+@contextmanager
+def whole_file(target: Path, force: bool = False) -> Iterator[Path]:
+    """As ``whole_folder``, for one file: the path to write to, renamed to ``target`` when the block ends well."""
+    target = target.absolute()
+    if target.exists() and not force:
+        raise BadInput(f"{target}: exists already; choose another output or add --force to replace it")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
+        os.close(handle)
+    except OSError as error:
+        raise BadInput(f"{target}: cannot be written ({error.strerror})") from None
+    work = Path(name)
+    try:
+        yield work
+        work.chmod(0o644)
+        work.replace(target)
+    except OSError as error:
+        raise BadInput(f"{target}: was not written ({error})") from error
+    finally:
+        work.unlink(missing_ok=True)
+
+
+def cache_folder() -> Path:
+    """Where measurements are kept: ``$AMOEBA_CACHE``, else the platform's user cache."""
+    if os.environ.get("AMOEBA_CACHE"):
+        return Path(os.environ["AMOEBA_CACHE"])
+    from platformdirs import user_cache_dir
+
+    return Path(user_cache_dir("amoeba"))

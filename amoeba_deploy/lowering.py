@@ -1,0 +1,34 @@
+"""From a plan to an engine's artefact: extract once, straight into the dtype that the engine reads, then lower."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from amoeba_deploy.backends.backend import Backend
+from amoeba_deploy.extraction import extract
+from amoeba_deploy.model_folder import ModelFolder
+from amoeba_deploy.plan import Plan
+
+
+def lower_plan(
+    model: ModelFolder,
+    plan: Plan,
+    backend: Backend,
+    precision: str,
+    context: int,
+    output: Path,
+    work: Path,
+    origin: dict[str, Any] | None = None,
+) -> ModelFolder:
+    """Write the artefact of a plan into the empty folder ``output``; returns the dense subnet it was made from.
+
+    Where the backend uses a dense folder in place, that is ``output`` itself; else the dense subnet is written to the
+    empty folder ``work``, in the model's own dtype, and the backend stores weights its own way.
+    """
+    dtype = backend.weight_dtype(precision)
+    dense = output if dtype else work
+    extract(model, plan, dense, dtype=dtype, origin=origin)
+    subnet = ModelFolder(dense)
+    backend.lower(subnet, output, precision, context)
+    return subnet

@@ -1,0 +1,147 @@
+"""A model as Hugging Face folders hold it: config, weights in safetensors, tokenizer files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from amoeba_deploy.architecture import Architecture
+from amoeba_deploy.errors import BadInput
+from amoeba_deploy.families import family_of, read_architecture
+from amoeba_deploy.families.family import Family
+from amoeba_deploy.files import sha256_of
+from amoeba_deploy.tensors import TensorFolder
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedModel
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A ``config.json``, given by its own path or by its folder's; raises BadInput where it is not one."""
+    return read_json_object(path / "config.json" if path.is_dir() else path)
+
+
+def read_json_object(file: Path) -> dict[str, Any]:
+    """A JSON file that others' tools wrote; raises BadInput where it is missing or holds no object."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadInput(f"{file}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise BadInput(f"{file}: is not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise BadInput(f"{file}: is not a JSON object")
+    return value
+
+
+def resolve_model(name: str) -> Path:
+    """The local folder of a model: a path as it is, or a hub id's snapshot, downloaded where it is not cached."""
+    if Path(name).is_dir():
+        return Path(name)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise BadInput(f"{name}: is neither a folder nor a hub id such as org/model")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        found = snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise BadInput(f"{name}: is no folder here, and the hub did not give it ({reason})") from None
+    return Path(found)
+
+
+class ModelFolder:
+    """A dense model on disk. Headers and sizes are checked when it is opened; weights are read only when asked for."""
+
+    def __init__(self, path: Path) -> None:
+        """Open a folder.
+
+        Raises:
+            BadInput: config or weights are missing or damaged, or a tensor's shape contradicts the config.
+        """
+        if not path.is_dir():
+            raise BadInput(f"{path}: is not a model folder")
+        self.path = path
+        self.config = read_config(path)
+        self.family: Family = family_of(self.config)
+        self.architecture: Architecture = read_architecture(self.config)
+        self.tensors = TensorFolder(path)
+
+    def check_shapes(self) -> None:
+        """Raise BadInput where a tensor is missing or is not of the shape that the config implies."""
+        sizes = self.architecture
+        extent = {
+            "query": sizes.heads * sizes.head_dim,
+            "key_value": sizes.kv_heads * sizes.head_dim,
+            "neuron": sizes.neurons,
+        }
+        wanted: dict[str, tuple[int, ...]] = {
+            name: (sizes.hidden,) if "norm" in name else (sizes.vocabulary, sizes.hidden)
+            for name in self.family.other_tensors(sizes)
+        }
+        for index in range(sizes.depth):
+            for name, axes in self.family.block_tensors(sizes).items():
+                free = sizes.head_dim if "q_norm" in name or "k_norm" in name else sizes.hidden
+                wanted[f"model.layers.{index}.{name}"] = tuple(extent[axis] if axis else free for axis in axes)
+        for name, shape in wanted.items():
+            found = self.tensors.info(name).shape
+            if found != shape:
+                raise BadInput(f"{self.path}: tensor '{name}' is {list(found)}, its config calls for {list(shape)}")
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 over the names and contents of config, weights and tokenizer: what makes it this model."""
+        files = [self.path / "config.json", *self.tensors.files]
+        files += [self.path / name for name in TOKENIZER_FILES if (self.path / name).is_file()]
+        lines = [f"{file.name} {sha256_of(file)}\n" for file in sorted(files, key=lambda file: file.name)]
+        return "sha256:" + hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    def tokenizer_files(self) -> list[Path]:
+        """The tokenizer's files that the folder has."""
+        return [self.path / name for name in TOKENIZER_FILES if (self.path / name).is_file()]
+
+    def tokenizer(self) -> Tokenizer:
+        """The folder's tokenizer (tokenizers library); raises BadInput where there is none."""
+        return load_tokenizer(self.path)
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The ``tokenizer.json`` of a folder; raises BadInput where there is none, or it is damaged."""
+    from tokenizers import Tokenizer
+
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise BadInput(f"{folder}: has no tokenizer.json, which reading and writing text needs")
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises bare Exception
+        raise BadInput(f"{file}: is not a tokenizer ({error})") from None
+
+
+def load_torch_model(folder: Path, dtype: str = "float32") -> PreTrainedModel:
+    """The folder as a stock transformers model for inference, on the CPU, with no remote code and no network."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=getattr(torch, dtype), trust_remote_code=False, local_files_only=True
+    )
+    return model.eval()

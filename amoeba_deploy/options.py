@@ -1,0 +1,107 @@
+"""Options that several commands share, and the types of their values."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+_SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+_BYTES = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+class _Quantity(click.ParamType[float]):
+    """A positive number with a unit."""
+
+    units: dict[str, float]
+    example = ""
+    scale = 1.0
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, float):
+            return value
+        match = re.fullmatch(r"\s*(\d*\.?\d+)\s*([A-Za-z]+)\s*", str(value))
+        if match is None or match[2] not in self.units:
+            units = ", ".join(self.units)
+            self.fail(f"'{value}' is not a number with one of the units {units}; write {self.example}", param, ctx)
+        found = float(match[1]) * self.units[match[2]] / self.scale
+        if found <= 0:
+            self.fail(f"'{value}' must be more than zero; write {self.example}", param, ctx)
+        return found
+
+
+class Latency(_Quantity):
+    """A latency with its unit, in milliseconds."""
+
+    name = "latency"
+    units = {k: _SECONDS[k] for k in ("us", "ms", "s")}  # noqa: RUF012
+    example = "40ms"
+    scale = 1e-3
+
+
+class Seconds(_Quantity):
+    """A time span with its unit, in seconds."""
+
+    name = "time"
+    units = {k: _SECONDS[k] for k in ("s", "m", "h")}  # noqa: RUF012
+    example = "5m"
+
+
+class Memory(_Quantity):
+    """An amount of memory with its unit, in bytes."""
+
+    name = "size"
+    units = dict(_BYTES)  # noqa: RUF012
+    example = "8GB"
+
+
+def comma_list(text: str | None) -> list[str]:
+    """The parts of a text separated by commas; none where the option was left out."""
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
+
+
+def _all(*decorators: Decorator) -> Decorator:
+    def apply(function: Callable[..., Any]) -> Callable[..., Any]:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return apply
+
+
+checkpoint_argument = click.argument("checkpoint", type=click.Path(path_type=Path), required=False)
+
+output_options = _all(
+    click.option("--json", "as_json", is_flag=True, help="Print exactly one JSON object."),
+    click.option("--quiet", is_flag=True, help="No remarks and no progress."),
+)
+
+workload_options = _all(
+    click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Sequences at once."),
+    click.option("--prompt", type=click.IntRange(1), default=128, show_default=True, help="Prompt tokens."),
+    click.option("--tokens", type=click.IntRange(1), default=32, show_default=True, help="Generated tokens."),
+    click.option(
+        "--context", type=click.IntRange(1), help="Positions to provide for.  [default: the model's, max 2048]"
+    ),
+)
+
+search_options = _all(
+    click.option("--device", required=True, help="A name of 'amoeba devices', or the path of your own device file."),
+    click.option("--latency", type=Latency(), help="Budget with its unit, such as 40ms."),
+    click.option(
+        "--metric",
+        type=click.Choice(["tpot", "ttft", "e2e"]),
+        default="tpot",
+        show_default=True,
+        help="What --latency bounds.",
+    ),
+    click.option("--memory", type=Memory(), help="Budget with its unit, such as 8GB; never above the device's own."),
+    click.option("--flow", help="Flows, separated by commas.  [default: the device's first that works here]"),
+    click.option("--precision", help="Precisions, separated by commas.  [default: the device's]"),
+    click.option("--table", type=click.Path(path_type=Path), help="Latency table to use."),
+    click.option("--measured-only", is_flag=True, help="Refuse estimates."),
+)

@@ -1,0 +1,174 @@
+"""Plans: exactly which blocks, heads and neurons a subnet keeps.
+
+A plan is an immutable value. It is made from a shape and the importance scores of a selection, or read from a file;
+either way extraction does what it says and nothing else. Plans of one selection are nested: narrower ones keep a
+subset of what wider ones keep, because every width keeps the best-scored units of one fixed ranking.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from amoeba_deploy.architecture import Architecture
+from amoeba_deploy.errors import BadInput
+from amoeba_deploy.shape import Shape, distinct_widths, kept_units, parse_width
+
+PLAN_FORMAT = "amoeba.plan/1"
+NEURON_MULTIPLE = 32
+"""Neurons are kept in multiples of this unless an engine asks for another."""
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """What one kept block keeps: its index in the full model, and ascending indices of its units."""
+
+    index: int
+    kv_heads: tuple[int, ...]
+    heads: tuple[int, ...]
+    neurons: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The kept blocks in order, and the shape that they were chosen for."""
+
+    shape: Shape
+    blocks: tuple[BlockPlan, ...]
+
+    @property
+    def kept_blocks(self) -> tuple[int, ...]:
+        """Indices of the kept blocks in the full model, ascending."""
+        return tuple(block.index for block in self.blocks)
+
+    @property
+    def widest(self) -> tuple[int, int]:
+        """The most key/value heads and the most neurons that any block keeps."""
+        return max(len(b.kv_heads) for b in self.blocks), max(len(b.neurons) for b in self.blocks)
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether blocks differ in width."""
+        return len({(len(b.kv_heads), len(b.neurons)) for b in self.blocks}) > 1
+
+    def subnet(self, architecture: Architecture) -> Architecture:
+        """The sizes of the dense subnet, every block as wide as the widest."""
+        kv_heads, neurons = self.widest
+        return architecture.subnet(len(self.blocks), kv_heads, neurons)
+
+    def width_reached(self, architecture: Architecture) -> float:
+        """The share of the kept blocks' matrix parameters that is kept."""
+        sizes = [architecture.subnet(1, len(b.kv_heads), len(b.neurons)) for b in self.blocks]
+        return sum(s.block_matrix_parameters for s in sizes) / (architecture.block_matrix_parameters * len(sizes))
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as JSON values; ``read_plan`` reads it back to an equal plan."""
+        blocks = [
+            {"index": b.index, "kv_heads": list(b.kv_heads), "heads": list(b.heads), "neurons": list(b.neurons)}
+            for b in self.blocks
+        ]
+        return {"format": PLAN_FORMAT, "shape": self.shape.to_json(), "blocks": blocks}
+
+
+def block_plan(architecture: Architecture, index: int, groups: Iterable[int], neurons: Iterable[int]) -> BlockPlan:
+    """The plan of one block from its kept key/value groups; query heads follow from them."""
+    kept = sorted(int(group) for group in groups)
+    heads = [group * architecture.group + member for group in kept for member in range(architecture.group)]
+    return BlockPlan(index, tuple(kept), tuple(heads), tuple(sorted(int(neuron) for neuron in neurons)))
+
+
+def best_units(scores: NDArray[np.floating[Any]], count: int) -> NDArray[np.int64]:
+    """Ascending indices of the ``count`` best scores [n]; of equal scores the lower index is kept."""
+    order = np.argsort(-scores.astype(np.float64), kind="stable")
+    return np.sort(order[:count]).astype(np.int64)
+
+
+def make_plan(
+    architecture: Architecture,
+    shape: Shape,
+    kept_blocks: Sequence[int],
+    scores: Callable[[int], tuple[NDArray[Any], NDArray[Any]]],
+    multiple: int = NEURON_MULTIPLE,
+) -> Plan:
+    """The plan of a shape under the uniform policy.
+
+    Args:
+        architecture: sizes of the full model.
+        shape: what to keep; its depth must be ``len(kept_blocks)``.
+        kept_blocks: ascending block indices, from the selection.
+        scores: for a block index the scores of its key/value groups [G] and neurons [F], higher is better.
+        multiple: neurons are kept in multiples of this.
+    """
+    groups = kept_units(architecture.kv_heads, shape.width)
+    neurons = kept_units(architecture.neurons, shape.width, multiple)
+    blocks = []
+    for index in kept_blocks:
+        head_scores, neuron_scores = scores(index)
+        kept = best_units(head_scores, groups), best_units(neuron_scores, neurons)
+        blocks.append(block_plan(architecture, index, *kept))
+    return Plan(shape, tuple(blocks))
+
+
+def subnet_widths(architecture: Architecture, minimum: Fraction, multiple: int = NEURON_MULTIPLE) -> list[Fraction]:
+    """All widths from ``minimum`` to 1 that give different subnets, widest first, each by its shortest name."""
+    return distinct_widths([(architecture.kv_heads, 1), (architecture.neurons, multiple)], minimum)
+
+
+def sized(architecture: Architecture, shape: Shape, multiple: int = NEURON_MULTIPLE) -> Architecture:
+    """The sizes of the subnet that a shape asks for; no weights or scores are needed."""
+    kv_heads = kept_units(architecture.kv_heads, shape.width)
+    return architecture.subnet(shape.depth, kv_heads, kept_units(architecture.neurons, shape.width, multiple))
+
+
+def _indices(entry: Mapping[str, Any], key: str, limit: int, where: str) -> tuple[int, ...]:
+    values = entry.get(key)
+    if not isinstance(values, list) or not values or any(type(v) is not int for v in values):
+        raise BadInput(f"{where}: '{key}' must be a list of at least one whole number")
+    if sorted(set(values)) != values or values[0] < 0 or values[-1] >= limit:
+        raise BadInput(f"{where}: '{key}' must ascend without repeats within 0..{limit - 1}")
+    return tuple(values)
+
+
+def plan_from_json(value: Any, architecture: Architecture, where: str) -> Plan:
+    """The plan in parsed JSON, checked against the model's sizes.
+
+    Raises:
+        BadInput: it is not a plan, or keeps what the model does not have, or query heads without their group.
+    """
+    if not isinstance(value, dict) or value.get("format") != PLAN_FORMAT:
+        raise BadInput(f"{where}: is not a plan of format {PLAN_FORMAT}")
+    entries, head = value.get("blocks"), value.get("shape")
+    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
+        raise BadInput(f"{where}: 'blocks' must be a list of at least one block")
+    order = _indices({"index": [entry.get("index") for entry in entries]}, "index", architecture.depth, where)
+    blocks = []
+    for index, entry in zip(order, entries, strict=True):
+        here = f"{where}, block {index}"
+        groups = _indices(entry, "kv_heads", architecture.kv_heads, here)
+        heads = _indices(entry, "heads", architecture.heads, here)
+        block = block_plan(architecture, index, groups, _indices(entry, "neurons", architecture.neurons, here))
+        if block.heads != heads:
+            raise BadInput(f"{here}: 'heads' must be the query heads of the kept key/value heads, all of them")
+        blocks.append(block)
+    if not isinstance(head, dict) or head.get("policy") not in ("uniform", "adaptive"):
+        raise BadInput(f"{where}: 'shape' must name depth, width and policy")
+    shape = Shape(len(blocks), parse_width(str(head.get("width"))), head["policy"])
+    if head.get("depth") != len(blocks):
+        raise BadInput(f"{where}: 'shape' says {head.get('depth')} blocks and the plan has {len(blocks)}")
+    return Plan(shape, tuple(blocks))
+
+
+def read_plan(path: Path, architecture: Architecture) -> Plan:
+    """A plan file, as ``extract --plan-only`` prints it; raises BadInput where it is not one of this model."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path}: cannot be read as a plan ({error})") from None
+    return plan_from_json(value, architecture, str(path))

@@ -1,0 +1,91 @@
+"""The device ``local``: this machine, profiled on first use and remembered in the cache."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+from amoeba_deploy.backends import flow_names, load_backend
+from amoeba_deploy.checkpoint import Checkpoint
+from amoeba_deploy.errors import BadInput, ToolchainMissing
+from amoeba_deploy.profiles.profiler import (
+    BUDGET_SECONDS,
+    REPEATS,
+    corner_shapes,
+    default_shapes,
+    local_table,
+    local_table_file,
+    profile,
+)
+from amoeba_deploy.profiles.table import Table, write_table
+from amoeba_deploy.profiles.workload import Workload
+from amoeba_deploy.progress import Progress
+from amoeba_deploy.shape import Shape
+
+
+def ready_combinations(flows: Sequence[str], precisions: Sequence[str]) -> list[tuple[str, str]]:
+    """Flow and precision pairs to profile: those asked for, or everything that runs here.
+
+    Raises:
+        ToolchainMissing: a flow asked for, or every flow, lacks its toolchain.
+        BadInput: no flow has a precision asked for.
+    """
+    for flow in flows:
+        toolchain = load_backend(flow).toolchain()
+        if toolchain.missing:
+            raise ToolchainMissing(f"the flow '{flow}' needs {', '.join(toolchain.missing)}; run {toolchain.install}")
+    ready = [flow for flow in flows or flow_names() if not load_backend(flow).toolchain().missing]
+    pairs = [(flow, p) for flow in ready for p in load_backend(flow).precisions() if not precisions or p in precisions]
+    unknown = set(precisions) - {precision for _, precision in pairs}
+    if unknown or not pairs:
+        raise BadInput(f"no flow in {', '.join(ready)} has the precision {', '.join(sorted(unknown))}")
+    return pairs
+
+
+def shapes_named(checkpoint: Checkpoint, text: str) -> list[Shape]:
+    """The shapes of ``--shapes``: ``corners``, ``grid``, or a list."""
+    if text in ("corners", "grid"):
+        return corner_shapes(checkpoint) if text == "corners" else default_shapes(checkpoint)
+    shapes = [Shape.parse(part) for part in text.split(",")]
+    for shape in shapes:
+        checkpoint.plan(shape)
+    return shapes
+
+
+def profile_to(
+    checkpoint: Checkpoint, flows: Sequence[str], precisions: Sequence[str], shapes: str, workload: Workload,
+    context: int | None, *, repeats: int = REPEATS, budget: float = BUDGET_SECONDS, output: Path | None = None,
+    force: bool = False, progress: Progress,
+) -> tuple[Table, Path]:
+    """Measure, and write a table file: ``output``, or this machine's table in the cache with the new rows added."""
+    if output is not None and output.exists() and not force:
+        raise BadInput(f"{output}: exists already; choose another output or add --force to replace it")
+    pairs = ready_combinations(flows, precisions)
+    positions = workload.context_for(checkpoint.architecture.context, context)
+    wanted = shapes_named(checkpoint, shapes)
+    table = profile(
+        checkpoint, pairs, wanted, workload, positions, repeats=repeats, budget=budget, progress=progress
+    )
+    if output is not None:
+        write_table(output, table, force)
+        return table, output
+    known = local_table(checkpoint)
+    together = known.merged(table.rows) if known else table
+    file = local_table_file(checkpoint)
+    write_table(file, together, force=True)
+    return together, file
+
+
+def table_with(
+    checkpoint: Checkpoint, pairs: Sequence[tuple[str, str]], workload: Workload, context: int, progress: Progress
+) -> Table:
+    """This machine's table with rows for all pairs under a workload; what is missing is measured now."""
+    table = local_table(checkpoint)
+    missing = [pair for pair in pairs if table is None or pair not in table.flows(workload)]
+    for flow, group in itertools.groupby(missing, key=lambda pair: pair[0]):
+        precisions = [precision for _, precision in group]
+        progress.say(f"profiling {flow} {', '.join(precisions)} on this machine (first use; remembered afterwards)")
+        table, _ = profile_to(checkpoint, [flow], precisions, "grid", workload, context, progress=progress)
+    assert table is not None, "a request names at least one flow"
+    return table

@@ -1,0 +1,27 @@
+"""What is known of a shape's speed and memory on a device, and where it comes from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Metric = Literal["tpot", "ttft", "e2e"]
+Source = Literal["measured", "interpolated", "estimated"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """Times in milliseconds: TPOT per generated token, TTFT for the prompt; and the memory that a run needs."""
+
+    tpot_ms: float
+    ttft_ms: float
+    memory_bytes: int
+    source: Source
+
+    def value(self, metric: Metric, tokens: int) -> float:
+        """One metric in milliseconds; E2E, for ``tokens`` generated tokens, is TTFT + (tokens - 1) x TPOT."""
+        if metric == "tpot":
+            return self.tpot_ms
+        if metric == "ttft":
+            return self.ttft_ms
+        return self.ttft_ms + (tokens - 1) * self.tpot_ms

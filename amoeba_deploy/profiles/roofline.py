@@ -1,0 +1,118 @@
+"""Estimates: how fast a model can be on a device that nobody has measured, from the device's data sheet.
+
+A decoding step reads every weight of the blocks and the head once, so its time is bytes over bandwidth; a prefill
+multiplies each weight with every token of the prompt, so its time is operations over the compute rate, or again bytes
+over bandwidth where the prompt is short. Beside that stands what the engine spends on each block and each step. That
+is the whole model: it has no terms to fit, ranks shapes well, and is no substitute for ``amoeba profile``.
+
+A search asks for thousands of estimates, so all is plain arithmetic.
+"""
+
+from __future__ import annotations
+
+import math
+
+from amoeba_deploy.architecture import Architecture
+from amoeba_deploy.errors import LatencyUnknown
+from amoeba_deploy.precision import StorageFormat
+from amoeba_deploy.profiles.device import Device, Figure
+from amoeba_deploy.profiles.prediction import Prediction
+from amoeba_deploy.profiles.workload import Workload
+
+RUNTIME_BYTES = 256 * 2**20
+"""What an engine takes beside weights, cache and activations: its libraries, its context on the device and its
+workspaces. A process with ONNX Runtime takes about 50 MB before it loads a model, a CUDA context 200 to 500 MB."""
+
+SMALL_BYTES = 2e9
+"""A step that reads less than this reaches only the bandwidth share of quantised weights, whatever its precision."""
+
+QUANTISED_BITS = 16
+"""Weights of fewer bits are quantised: unpacking them keeps decoding further from the peak bandwidth."""
+
+
+def estimate(
+    architecture: Architecture,
+    storage: StorageFormat,
+    device: Device,
+    flow: str,
+    precision: str,
+    workload: Workload,
+    context: int,
+) -> Prediction:
+    """TPOT, TTFT and memory of a model on a device, from the device's figures.
+
+    TPOT = (block and head weights + KV cache at prompt + tokens / 2) / (bandwidth x efficiency) + overheads
+
+    TTFT = max(FLOPs / (FLOP/s x efficiency), (block and head weights + KV cache at prompt) / (bandwidth x efficiency))
+    + overheads
+
+    with overheads = depth x block overhead + fixed overhead of the flow, and
+    FLOPs = 2 x (block and head matrix parameters) x batch x prompt + 2 x depth x heads x head_dim x batch x prompt x
+    (prompt + 1), the latter for causal attention. fp32 computes at the device's fp32 rate, or half its fp16 rate where
+    none is given; every other precision at the fp16 rate.
+
+    Raises:
+        LatencyUnknown: the device's bandwidth or compute rate is not known, or it does not list the flow.
+    """
+    preference = device.preference(flow)
+    overhead = architecture.depth * preference.block_overhead.base + preference.fixed_overhead.base
+    weights = storage.read_bytes(architecture)
+    quantised = storage.matrix_bits < QUANTISED_BITS
+    middle = storage.cache_bytes_at(architecture, workload.prompt + workload.tokens / 2, workload.batch)
+    prompt = storage.cache_bytes_at(architecture, workload.prompt, workload.batch)
+    reading = _reading_ms(weights + prompt, quantised, device)
+    return Prediction(
+        tpot_ms=_reading_ms(weights + middle, quantised, device) + overhead,
+        ttft_ms=max(_computing_ms(prefill_flops(architecture, workload), precision, device), reading) + overhead,
+        memory_bytes=memory_bytes(architecture, storage, workload, context),
+        source="estimated",
+    )
+
+
+def memory_bytes(architecture: Architecture, storage: StorageFormat, workload: Workload, context: int) -> int:
+    """All weights, the KV cache at ``context`` for every sequence, the largest activation, and ``RUNTIME_BYTES``.
+
+    The largest activation is the prompt's logits [batch, prompt, vocabulary] or the gate and up projections of one
+    block [batch, prompt, 2 x neurons], whichever is larger.
+    """
+    widest = max(architecture.vocabulary, 2 * architecture.neurons)
+    activation = workload.batch * workload.prompt * widest * storage.activation_bytes
+    cache = storage.cache_bytes_at(architecture, context, workload.batch)
+    return math.ceil(storage.weight_bytes(architecture) + cache + activation + RUNTIME_BYTES)
+
+
+def prefill_flops(architecture: Architecture, workload: Workload) -> int:
+    """Floating-point operations of the prompt: two a weight and token, and causal attention."""
+    matrices = architecture.depth * architecture.block_matrix_parameters + architecture.embedding_parameters
+    # Token i attends to i positions: prompt x (prompt + 1) / 2 pairs, each with two products of head_dim, two
+    # operations a term.
+    attention = architecture.depth * architecture.heads * architecture.head_dim * (workload.prompt + 1)
+    return 2 * (matrices + attention) * workload.batch * workload.prompt
+
+
+def _reading_ms(count: float, quantised: bool, device: Device) -> float:
+    peak = _known(device.bandwidth, "memory bandwidth", device)
+    low = _known(device.efficiency_bandwidth_quantised, "bandwidth efficiency", device)
+    if quantised:
+        return 1e3 * count / (peak * low)
+    full = _known(device.efficiency_bandwidth_full, "bandwidth efficiency", device)
+    # The first term holds for small models. Past SMALL_BYTES it stands still until the second overtakes it: were the
+    # efficiency to jump there instead, a model of 2.1 GB would look faster than one of 1.9 GB.
+    return 1e3 * max(min(count, SMALL_BYTES) / (peak * low), count / (peak * full))
+
+
+def _computing_ms(flops: int, precision: str, device: Device) -> float:
+    rate = _known(device.compute.get("fp16"), "compute rate", device)
+    if precision == "fp32":
+        own = device.compute.get("fp32")
+        rate = own.base if own else rate / 2
+    return 1e3 * flops / (rate * _known(device.efficiency_compute, "compute efficiency", device))
+
+
+def _known(figure: Figure | None, what: str, device: Device) -> float:
+    if figure is None:
+        raise LatencyUnknown(
+            f"the {what} of the device '{device.name}' is not known, so its latency cannot be estimated; "
+            f"measure it with amoeba profile"
+        )
+    return figure.base

@@ -1,0 +1,144 @@
+"""Latency tables: what was measured of one model architecture on one device, in one JSON file.
+
+A row holds one shape of one flow and precision under one workload. A shape without a row is interpolated from those
+of its flow, precision and workload: linear in the parameters of a block at each measured depth, then linear in depth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from amoeba_deploy.architecture import Architecture
+from amoeba_deploy.errors import BadInput, LatencyUnknown
+from amoeba_deploy.files import read_json, whole_file, write_json
+from amoeba_deploy.interpolation import over_shapes
+from amoeba_deploy.profiles.prediction import Prediction
+from amoeba_deploy.profiles.workload import Workload
+from amoeba_deploy.shape import Shape, parse_width, width_to_json
+
+TABLE_FORMAT = "amoeba.latency-table/1"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement; times in milliseconds, sizes in bytes."""
+
+    flow: str
+    precision: str
+    depth: int
+    width: float | str
+    policy: str
+    batch: int
+    prompt: int
+    tokens: int
+    ttft_ms: float
+    tpot_ms: float
+    p10: float
+    p90: float
+    repeats: int
+    peak_memory_bytes: int
+    artifact_bytes: int
+
+    @property
+    def shape(self) -> Shape:
+        """The shape that was measured."""
+        return Shape(self.depth, parse_width(str(self.width)))
+
+    @property
+    def workload(self) -> Workload:
+        """The workload that it was measured under."""
+        return Workload(self.batch, self.prompt, self.tokens)
+
+
+def make_row(
+    flow: str, precision: str, shape: Shape, workload: Workload,
+    times: tuple[float, float, float, float, int], sizes: tuple[int, int],
+) -> Row:
+    """A row from (ttft, tpot, p10, p90, repeats) and (peak memory, artefact bytes)."""
+    *milliseconds, repeats = times
+    ttft, tpot, low, high = (round(value, 4) for value in milliseconds)
+    return Row(flow, precision, shape.depth, width_to_json(shape.width), shape.policy, workload.batch, workload.prompt,
+               workload.tokens, ttft, tpot, low, high, repeats, *sizes)
+
+
+@dataclass(frozen=True)
+class Table:
+    """All rows measured of one architecture on one device, and the facts in the header."""
+
+    device: str
+    architecture_digest: str
+    facts: dict[str, Any]
+    rows: tuple[Row, ...]
+
+    def flows(self, workload: Workload) -> set[tuple[str, str]]:
+        """The flows and precisions that have rows for a workload."""
+        return {(row.flow, row.precision) for row in self.rows if row.workload == workload}
+
+    def merged(self, rows: Iterable[Row]) -> Table:
+        """The table with further rows; a newer row replaces the one of the same shape, flow, precision, workload."""
+
+        def key(row: Row) -> tuple[Any, ...]:
+            return (row.flow, row.precision, row.depth, row.width, row.policy, row.batch, row.prompt, row.tokens)
+
+        together = {key(row): row for row in (*self.rows, *rows)}
+        order = sorted(together, key=lambda k: (*k[:2], -k[2], -float(Fraction(str(k[3]))), *k[4:]))
+        return Table(self.device, self.architecture_digest, self.facts, tuple(together[k] for k in order))
+
+    def predictor(
+        self, sizes_of: Callable[[Shape], Architecture], flow: str, precision: str, workload: Workload
+    ) -> Callable[[Shape], Prediction]:
+        """The function that gives each shape its latency: measured where there is a row, else interpolated.
+
+        ``sizes_of`` gives a shape its subnet's sizes; shapes of equal sizes share a row.
+
+        Raises:
+            LatencyUnknown: nothing was measured for this flow, precision and workload.
+        """
+        rows = [r for r in self.rows if (r.flow, r.precision, r.workload) == (flow, precision, workload)]
+        if not rows:
+            raise LatencyUnknown(
+                f"the table of '{self.device}' has nothing measured for {flow} in {precision} at --batch "
+                f"{workload.batch} --prompt {workload.prompt} --tokens {workload.tokens}; measure it with 'amoeba profile'"
+            )
+        measured = {sizes_of(row.shape): row for row in rows}
+        columns: dict[str, dict[int, list[tuple[float, float]]]] = {"ttft_ms": {}, "tpot_ms": {}, "peak_memory_bytes": {}}
+        for sizes, row in sorted(measured.items(), key=lambda item: item[0].block_parameters):
+            for name, points in columns.items():
+                points.setdefault(row.depth, []).append((float(sizes.block_parameters), float(getattr(row, name))))
+
+        def predict(shape: Shape) -> Prediction:
+            sizes = sizes_of(shape)
+            row = measured.get(sizes)
+            if row is not None:
+                return Prediction(row.tpot_ms, row.ttft_ms, row.peak_memory_bytes, "measured")
+            value = {n: over_shapes(points, shape.depth, sizes.block_parameters) for n, points in columns.items()}
+            return Prediction(value["tpot_ms"], value["ttft_ms"], int(value["peak_memory_bytes"]), "interpolated")
+
+        return predict
+
+
+def write_table(file: Path, table: Table, force: bool = False) -> None:
+    """Write a table as one JSON file; raises BadInput where the file exists and ``force`` is not set."""
+    head = {"format": TABLE_FORMAT, "device": table.device, "architecture": table.architecture_digest}
+    with whole_file(file, force) as work:
+        write_json(work, head | table.facts | {"rows": [asdict(row) for row in table.rows]})
+
+
+def read_table(file: Path) -> Table:
+    """Read a table; raises BadInput where it is damaged or a row lacks an entry."""
+    value = read_json(file, TABLE_FORMAT)
+    try:
+        rows = tuple(Row(**row) for row in value["rows"])
+        for row in rows:
+            if min(row.ttft_ms, row.tpot_ms) <= 0 or min(row.peak_memory_bytes, row.artifact_bytes) < 0:
+                raise ValueError
+            _ = row.shape, row.workload
+        device, digest = str(value["device"]), str(value["architecture"])
+    except (KeyError, TypeError, ValueError):
+        raise BadInput(f"{file}: a row lacks an entry or holds a value that cannot be; profile again") from None
+    facts = {k: v for k, v in value.items() if k not in ("format", "device", "architecture", "rows")}
+    return Table(device, digest, facts, rows)

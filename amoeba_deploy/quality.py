@@ -1,0 +1,144 @@
+"""How good every shape is: ``quality.json``, measured for a grid of shapes and interpolated between them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from amoeba_deploy.architecture import Architecture
+from amoeba_deploy.errors import BadInput
+from amoeba_deploy.files import read_json, write_json
+from amoeba_deploy.interpolation import Point, over_shapes
+from amoeba_deploy.plan import sized
+from amoeba_deploy.shape import Shape, parse_width
+
+QUALITY_FORMAT = "amoeba.quality/1"
+WIDTHS = tuple(Fraction(n, 8) for n in (8, 7, 6, 5, 4))
+"""Widths of the grid on which quality is measured."""
+REFERENCE_PRECISION = "fp32"
+MEASURED, INTERPOLATED = "measured", "interpolated"
+UNMEASURED_PRECISION = "fp32 (this precision not measured)"
+
+
+@dataclass(frozen=True)
+class QualityRow:
+    """What was measured of one shape in one precision: loss with its standard error, accuracy of n questions."""
+
+    shape: Shape
+    precision: str
+    loss: float
+    loss_error: float
+    accuracy: float | None
+    questions: int
+
+
+@dataclass(frozen=True)
+class QualityValue:
+    """The loss of a shape, and whether it was measured, interpolated, or belongs to another precision."""
+
+    metric: Literal["loss", "parameters_kept"]
+    value: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Quality:
+    """All measured rows of a checkpoint, and the text that they were measured on."""
+
+    architecture: Architecture
+    multiple: int
+    text: dict[str, Any]
+    rows: tuple[QualityRow, ...]
+
+    @cached_property
+    def precisions(self) -> tuple[str, ...]:
+        """The precisions that were measured."""
+        return tuple(dict.fromkeys(row.precision for row in self.rows))
+
+    @cached_property
+    def minimum_width(self) -> Fraction:
+        """The narrowest width that was measured; narrower shapes would only be guesses."""
+        return min(row.shape.width for row in self.rows)
+
+    @cached_property
+    def minimum_depth(self) -> int:
+        """The smallest depth that was measured."""
+        return min(row.shape.depth for row in self.rows)
+
+    @cached_property
+    def _points(self) -> dict[str, dict[int, list[Point]]]:
+        points: dict[str, dict[int, list[Point]]] = {}
+        for row in sorted(self.rows, key=lambda row: row.shape.width):
+            at = points.setdefault(row.precision, {}).setdefault(row.shape.depth, [])
+            at.append((float(row.shape.width), row.loss))
+        return points
+
+    @cached_property
+    def _measured(self) -> dict[tuple[str, Architecture], QualityRow]:
+        return {(row.precision, sized(self.architecture, row.shape, self.multiple)): row for row in self.rows}
+
+    def loss(self, shape: Shape, precision: str) -> QualityValue:
+        """The loss of a shape in a precision, and where the figure is from.
+
+        Widths that keep the same numbers of heads and neurons are the same subnet and share its measurement.
+        """
+        known = precision in self._points
+        used = precision if known else REFERENCE_PRECISION
+        row = self._measured.get((used, sized(self.architecture, shape, self.multiple)))
+        value = row.loss if row else over_shapes(self._points[used], shape.depth, float(shape.width))
+        source = (MEASURED if row else INTERPOLATED) if known else UNMEASURED_PRECISION
+        return QualityValue("loss", value, source)
+
+
+def grid(minimum_depth: int, depth: int, widths: Iterable[Fraction] = WIDTHS) -> list[Shape]:
+    """The shapes whose quality is measured: every depth at each of the widths."""
+    return [Shape(d, width) for d in range(depth, minimum_depth - 1, -1) for width in widths]
+
+
+def write_quality(folder: Path, quality: Quality) -> None:
+    """Write ``quality.json``."""
+    rows = [
+        {
+            **row.shape.to_json(),
+            "multiple": quality.multiple,
+            "bias": "off",
+            "precision": row.precision,
+            "loss": round(row.loss, 6),
+            "loss_se": round(row.loss_error, 6),
+            "accuracy": row.accuracy,
+            "n": row.questions,
+        }
+        for row in quality.rows
+    ]
+    head = {"format": QUALITY_FORMAT, "metric": "loss", "direction": "min", "text": quality.text}
+    write_json(folder / "quality.json", head | {"rows": rows})
+
+
+def read_quality(folder: Path, architecture: Architecture, multiple: int) -> Quality | None:
+    """The quality that a checkpoint folder holds, or None where none was measured; raises BadInput where damaged."""
+    file = folder / "quality.json"
+    if not file.exists():
+        return None
+    value = read_json(file, QUALITY_FORMAT)
+    try:
+        rows = tuple(
+            QualityRow(
+                Shape(row["depth"], parse_width(str(row["width"])), row["policy"]),
+                str(row["precision"]),
+                float(row["loss"]),
+                float(row["loss_se"]),
+                row["accuracy"],
+                int(row["n"]),
+            )
+            for row in value["rows"]
+        )
+        text = dict(value["text"])
+    except (KeyError, TypeError, ValueError):
+        raise BadInput(f"{file}: a row lacks one of its entries; measure quality again") from None
+    if not any(row.precision == REFERENCE_PRECISION for row in rows):
+        raise BadInput(f"{file}: has no row in {REFERENCE_PRECISION}; measure quality again")
+    return Quality(architecture, multiple, text, rows)

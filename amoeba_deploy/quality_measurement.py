@@ -1,0 +1,103 @@
+"""Measuring quality over a checkpoint's grid of shapes, in float32 and in the precisions that engines here can run.
+
+Every shape is really extracted; float32 is measured through transformers, other precisions through a built engine,
+so the figures are those of what would ship.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from amoeba_deploy.backends import load_backend
+from amoeba_deploy.backends.backend import Engine, Ids
+from amoeba_deploy.checkpoint import Checkpoint
+from amoeba_deploy.evaluation import (
+    SEQUENCE,
+    LogitsFunction,
+    Question,
+    file_digest,
+    read_questions,
+    task_accuracy,
+    text_loss,
+    text_rows,
+    torch_logits,
+)
+from amoeba_deploy.extraction import extract
+from amoeba_deploy.lowering import lower_plan
+from amoeba_deploy.model_folder import load_torch_model
+from amoeba_deploy.progress import Progress
+from amoeba_deploy.quality import REFERENCE_PRECISION, Quality, QualityRow, grid
+from amoeba_deploy.shape import Shape
+
+PRECISION_FLOWS = {"int8": "onnx", "int4": "onnx"}
+"""Which flow's engine stands for a precision when its quality is measured."""
+
+
+def engine_logits(engine: Engine) -> LogitsFunction:
+    """The logits function of an engine: each batch is fed from an empty cache."""
+
+    def logits(ids: Ids) -> NDArray[np.float32]:
+        engine.reset()
+        return engine.feed(ids)
+
+    return logits
+
+
+def measured_precisions() -> tuple[str, ...]:
+    """The precisions whose quality can be measured with what is installed."""
+    ready = [p for p, flow in PRECISION_FLOWS.items() if not load_backend(flow).toolchain().missing]
+    return (REFERENCE_PRECISION, *ready)
+
+
+def shape_logits(checkpoint: Checkpoint, shape: Shape, precision: str, folder: Path) -> LogitsFunction:
+    """Logits of a shape in a precision, through folders made below ``folder``."""
+    plan, context = checkpoint.plan(shape), checkpoint.architecture.context
+    dense, artefact = folder / "dense", folder / "engine"
+    dense.mkdir()
+    if precision == REFERENCE_PRECISION:
+        extract(checkpoint.model, plan, dense)
+        return torch_logits(load_torch_model(dense))
+    artefact.mkdir()
+    backend = load_backend(PRECISION_FLOWS[precision])
+    lower_plan(checkpoint.model, plan, backend, precision, context, artefact, dense)
+    return engine_logits(backend.open(artefact, precision))
+
+
+def measure_quality(
+    checkpoint: Checkpoint,
+    text: Path,
+    questions: Path | None,
+    *,
+    sequence: int = SEQUENCE,
+    precisions: Sequence[str] | None = None,
+    progress: Progress,
+) -> Quality:
+    """Loss on every whole row of a text, and accuracy on questions, for every shape of the grid and every precision.
+
+    Raises:
+        BadInput: the text is shorter than one row, or a file is damaged.
+    """
+    tokenizer, sizes = checkpoint.model.tokenizer(), checkpoint.architecture
+    length = min(sequence, sizes.context)
+    rows = text_rows(text, tokenizer, length)
+    asked: list[Question] = read_questions(questions) if questions else []
+    wanted = precisions or measured_precisions()
+    shapes = grid(checkpoint.minimum_depth, sizes.depth, checkpoint.widths)
+    found = []
+    with progress.bar("quality", len(shapes) * len(wanted)) as step:
+        for precision in wanted:
+            for shape in shapes:
+                with tempfile.TemporaryDirectory(prefix="amoeba-quality-") as work:
+                    logits = shape_logits(checkpoint, shape, precision, Path(work))
+                    loss = text_loss(logits, rows)
+                    accuracy = task_accuracy(logits, asked, tokenizer, sizes.context).accuracy if asked else None
+                rounded = None if accuracy is None else round(accuracy, 6)
+                found.append(QualityRow(shape, precision, loss.loss, loss.standard_error, rounded, len(asked)))
+                step()
+    facts = {"digest": file_digest(text), "tokens": int(rows.size), "sequence": length}
+    return Quality(sizes, checkpoint.multiple, facts, tuple(found))

@@ -1,0 +1,239 @@
+"""A search or export as a user asks for it, and the answer: everything between the command line and the modules."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from amoeba_deploy.architecture import Architecture
+from amoeba_deploy.checkpoint import Checkpoint
+from amoeba_deploy.errors import BadInput, LatencyUnknown
+from amoeba_deploy.export import Export, Order, Phases, export
+from amoeba_deploy.families import read_architecture
+from amoeba_deploy.files import sha256_of
+from amoeba_deploy.model_folder import read_config
+from amoeba_deploy.options import comma_list
+from amoeba_deploy.plan import NEURON_MULTIPLE, Plan, sized, subnet_widths
+from amoeba_deploy.profiles.device import LOCAL, load_device
+from amoeba_deploy.profiles.local import table_with
+from amoeba_deploy.profiles.profiler import local_table_file
+from amoeba_deploy.profiles.table import Table, read_table
+from amoeba_deploy.profiles.workload import Workload
+from amoeba_deploy.progress import Progress
+from amoeba_deploy.quality import Quality
+from amoeba_deploy.search import Budget, Candidate, SearchResult, prediction_to_json, quality_to_json
+from amoeba_deploy.shape import Shape, format_width
+from amoeba_deploy.stage1 import default_minimum_depth
+from amoeba_deploy.target import Target, resolve_target, search_target
+
+CONFIG_MINIMUM_WIDTH = Fraction(1, 2)
+
+
+@dataclass(frozen=True)
+class Space:
+    """The shapes to search over: those of a checkpoint, or of a model's config alone."""
+
+    name: str
+    architecture: Architecture
+    shapes: list[Shape]
+    quality: Quality | None
+    multiple: int
+    checkpoint: Checkpoint | None
+
+    @classmethod
+    def of_checkpoint(cls, checkpoint: Checkpoint) -> Space:
+        """All distinct subnets of a checkpoint."""
+        return cls(
+            checkpoint.name,
+            checkpoint.architecture,
+            checkpoint.shapes(),
+            checkpoint.quality,
+            checkpoint.multiple,
+            checkpoint,
+        )
+
+    @classmethod
+    def of_config(cls, path: Path) -> Space:
+        """All distinct subnets of a config, from half its depth and half its width up; no weights are needed."""
+        sizes = read_architecture(read_config(path))
+        widths = subnet_widths(sizes, CONFIG_MINIMUM_WIDTH)
+        shapes = [Shape(d, w) for d in range(sizes.depth, default_minimum_depth(sizes.depth) - 1, -1) for w in widths]
+        return cls(str(path), sizes, shapes, None, NEURON_MULTIPLE, None)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One resolved request: the space, the target, the budget, and where latencies come from."""
+
+    space: Space
+    target: Target
+    budget: Budget
+    table: Table | None
+    table_digest: str | None
+    measured_only: bool
+    plan: Plan | None
+    progress: Progress
+    phases: Phases = field(default_factory=Phases)
+
+    @classmethod
+    def of(cls, space: Space, asked: Mapping[str, Any], progress: Progress, shape: str | None = None) -> Request:
+        """Resolve the options of ``search`` and ``export``.
+
+        Raises:
+            BadInput: no budget and no shape is given, or an option names what does not exist.
+        """
+        if asked["latency"] is None and asked["memory"] is None and shape is None:
+            raise BadInput("give a budget: --latency with its unit (such as --latency 40ms), --memory, or both")
+        phases = Phases()
+        with phases.phase("search"):
+            device = load_device(asked["device"])
+            workload = Workload(asked["batch"], asked["prompt"], asked["tokens"])
+            context = workload.context_for(space.architecture.context, asked["context"])
+            target = resolve_target(
+                device, comma_list(asked["flow"]), comma_list(asked["precision"]), workload, context
+            )
+            plan = None
+            if shape is not None and space.checkpoint is not None:
+                plan = space.checkpoint.plan_of(shape)
+        file: Path | None = asked["table"]
+        if file is None and device.name == LOCAL:
+            with phases.phase("profile"):
+                table: Table | None = _local_table(space, target, progress)
+            file = local_table_file(space.checkpoint) if space.checkpoint else None
+        else:
+            table = read_table(file) if file else None
+        visible = int(device.memory_visible.base)
+        memory = min(visible, int(asked["memory"])) if asked["memory"] else visible
+        budget = Budget(asked["metric"], asked["latency"], memory)
+        digest = "sha256:" + sha256_of(file) if file is not None and file.is_file() else None
+        return cls(space, target, budget, table, digest, bool(asked["measured_only"]), plan, progress, phases)
+
+    def _sizes_of(self, shape: Shape) -> Architecture:
+        full = self.space.architecture
+        if self.plan is not None and shape == self.plan.shape:
+            return self.plan.subnet(full)
+        return sized(full, shape, self.space.multiple)
+
+    def answer(self) -> Answer:
+        """Search, or judge the shape that was asked for."""
+        began = time.perf_counter()
+        shapes, budget, quality = self.space.shapes, self.budget, self.space.quality
+        if self.plan is not None:
+            shapes, quality = [self.plan.shape], _quality_of(self.plan, self.space)
+        result, remarks = search_target(
+            self.target,
+            self.space.architecture,
+            shapes,
+            quality,
+            budget,
+            self._sizes_of,
+            self.table,
+            self.measured_only,
+        )
+        answer = Answer(self, result, (*self.target.remarks, *remarks))
+        self.phases.seconds["search"] = round(self.phases.seconds["search"] + time.perf_counter() - began, 3)
+        return answer
+
+
+def _quality_of(plan: Plan, space: Space) -> Quality | None:
+    """The checkpoint's quality where a plan is one of its own shapes; a plan by hand has none."""
+    if space.checkpoint is None or space.quality is None:
+        return None
+    own = plan.shape.depth in space.checkpoint.selection.depths and space.checkpoint.plan(plan.shape) == plan
+    return space.quality if own else None
+
+
+def _local_table(space: Space, target: Target, progress: Progress) -> Table:
+    if space.checkpoint is None:
+        raise LatencyUnknown("no latency is known for this config on this machine; give --table, or another --device")
+    return table_with(space.checkpoint, target.pairs, target.workload, target.context, progress)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a search found."""
+
+    request: Request
+    result: SearchResult
+    remarks: tuple[str, ...]
+
+    @property
+    def best(self) -> Candidate:
+        """The chosen shape."""
+        return self.result.best
+
+    def facts(self) -> dict[str, Any]:
+        """Device, workload, budget, prediction and quality, as outputs and manifests hold them."""
+        request, best = self.request, self.best
+        workload = request.target.workload
+        return {
+            "device": request.target.device.name,
+            "flow": best.flow,
+            "precision": best.precision,
+            "workload": {"batch": workload.batch, "prompt": workload.prompt, "tokens": workload.tokens},
+            "budget": {
+                "metric": request.budget.metric,
+                "ms": request.budget.ms,
+                "memory_bytes": request.budget.memory_bytes,
+            },
+            "shape": best.shape.to_json(),
+            "predicted": prediction_to_json(best.prediction),
+            "quality": quality_to_json(best.quality),
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that ``search --json`` prints."""
+        return self.facts() | {
+            "binding": self.result.binding,
+            "considered": self.result.considered,
+            "remarks": list(self.remarks),
+            "top": [candidate.to_json() for candidate in self.result.ranked[:5]],
+            "pareto": [candidate.to_json() for candidate in self.result.front],
+        }
+
+
+@dataclass(frozen=True)
+class ExportAnswer:
+    """What an export built, and the search that led to it."""
+
+    answer: Answer
+    export: Export
+    seconds: dict[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that ``export --json`` prints."""
+        return self.answer.to_json() | {
+            "bundle": str(self.export.path),
+            "bytes": self.export.bytes,
+            "verified": self.export.verified_json(),
+            "seconds": self.seconds,
+        }
+
+
+def export_answer(
+    checkpoint: Checkpoint, request: Request, output: Path | None, *, force: bool, verify: bool
+) -> ExportAnswer:
+    """Answer a request and build its bundle."""
+    answer = request.answer()
+    best, device = answer.best, request.target.device
+    plan = request.plan or checkpoint.plan(best.shape)
+    target = output or Path(f"{device.name}-{best.flow}-{best.precision}-{_folder_name(best.shape)}")
+    facts = {
+        key: value for key, value in answer.facts().items() if key not in ("flow", "precision", "workload", "shape")
+    }
+    facts |= {"table": request.table_digest}
+    order = Order(
+        plan, best.flow, best.precision, request.target.workload, request.target.context, device.name == LOCAL, facts
+    )
+    done = export(
+        checkpoint, order, target, force=force, verify=verify, phases=request.phases, progress=request.progress
+    )
+    return ExportAnswer(answer, done, request.phases.seconds)
+
+
+def _folder_name(shape: Shape) -> str:
+    return f"{shape.depth}x{format_width(shape.width)}".replace("/", "of")

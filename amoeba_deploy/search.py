@@ -1,0 +1,174 @@
+"""Search: the best shape within a budget, and the Pareto front, over every shape of a model.
+
+The search is exhaustive: a model has some hundreds to thousands of distinct shapes and judging one takes
+microseconds. Best is the best quality within the budget; then the lower budget metric; then fewer bytes; then greater
+depth. The front holds the shapes that no other beats in both the budget metric and quality.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from amoeba_deploy.architecture import Architecture
+from amoeba_deploy.errors import NoShapeFits
+from amoeba_deploy.profiles.prediction import Prediction
+from amoeba_deploy.profiles.workload import Workload
+from amoeba_deploy.quality import Quality, QualityValue
+from amoeba_deploy.shape import Shape
+
+Metric = Literal["tpot", "ttft", "e2e"]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a shape must stay within: a latency in milliseconds, and bytes of memory; None bounds nothing."""
+
+    metric: Metric
+    ms: float | None
+    memory_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One shape in one flow and precision, with everything that it is judged by."""
+
+    shape: Shape
+    flow: str
+    precision: str
+    prediction: Prediction
+    quality: QualityValue
+    weight_bytes: float
+
+    @property
+    def badness(self) -> float:
+        """The quality turned so that lower is better."""
+        return self.quality.value if self.quality.metric == "loss" else -self.quality.value
+
+    def to_json(self) -> dict[str, Any]:
+        """One entry of ``pareto`` in the JSON output."""
+        return {
+            **self.shape.to_json(),
+            "flow": self.flow,
+            "precision": self.precision,
+            **prediction_to_json(self.prediction),
+            "quality": quality_to_json(self.quality),
+        }
+
+
+def prediction_to_json(prediction: Prediction) -> dict[str, Any]:
+    """Latencies to a microsecond, memory and source."""
+    return {
+        "tpot_ms": round(prediction.tpot_ms, 3),
+        "ttft_ms": round(prediction.ttft_ms, 3),
+        "memory_bytes": prediction.memory_bytes,
+        "source": prediction.source,
+    }
+
+
+def quality_to_json(quality: QualityValue) -> dict[str, Any]:
+    """Metric, value and source of a quality."""
+    return {"metric": quality.metric, "value": round(quality.value, 6), "source": quality.source}
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The best shape, the runners-up in order, the front sorted by the budget metric, and what bound the choice."""
+
+    best: Candidate
+    ranked: tuple[Candidate, ...]
+    front: tuple[Candidate, ...]
+    considered: int
+    binding: str | None
+    """What kept a better shape out: ``latency``, ``memory`` or both; None where the best of all shapes fits."""
+
+
+def candidates(
+    shapes: Sequence[Shape],
+    full: Architecture,
+    sized: Callable[[Shape], Architecture],
+    flow: str,
+    precision: str,
+    predict: Callable[[Shape], Prediction],
+    quality: Quality | None,
+    stored: Callable[[Architecture], float],
+) -> list[Candidate]:
+    """Judge every shape in one flow and precision.
+
+    Args:
+        shapes: what to consider.
+        full: the architecture of the full model.
+        sized: gives a shape its subnet's sizes.
+        flow: the engine family.
+        precision: one of its precisions.
+        predict: gives a shape its latency and memory.
+        quality: what was measured; None ranks by the share of block parameters kept.
+        stored: bytes of a subnet's weights in this precision.
+    """
+    whole = full.depth * full.block_parameters
+    found = []
+    for shape in shapes:
+        sizes = sized(shape)
+        if quality is not None:
+            value = quality.loss(shape, precision)
+        else:
+            value = QualityValue("parameters_kept", sizes.depth * sizes.block_parameters / whole, "counted")
+        found.append(Candidate(shape, flow, precision, predict(shape), value, stored(sizes)))
+    return found
+
+
+def excess(candidate: Candidate, budget: Budget, tokens: int) -> tuple[float, str]:
+    """By what factor a candidate exceeds its budget at worst (at most 1 where it fits), and what bounds it."""
+    factors = [(0.0, "nothing")]
+    if budget.ms is not None:
+        factors.append((candidate.prediction.value(budget.metric, tokens) / budget.ms, "latency"))
+    if budget.memory_bytes is not None:
+        factors.append((candidate.prediction.memory_bytes / budget.memory_bytes, "memory"))
+    return max(factors)
+
+
+def pareto_front(found: Iterable[Candidate], metric: Metric, tokens: int) -> list[Candidate]:
+    """The candidates that no other is at least as good as in metric and quality and better in one, sorted by metric."""
+    front: list[Candidate] = []
+    for candidate in sorted(found, key=lambda c: (c.prediction.value(metric, tokens), c.badness, c.weight_bytes)):
+        if not front or candidate.badness < front[-1].badness:
+            front.append(candidate)
+    return front
+
+
+def search(found: Sequence[Candidate], budget: Budget, workload: Workload) -> SearchResult:
+    """The best candidate within a budget.
+
+    Raises:
+        NoShapeFits: none fits; the message names the closest and what bounds it.
+    """
+    tokens = workload.tokens
+
+    def order(candidate: Candidate) -> tuple[float, float, float, int]:
+        value = candidate.prediction.value(budget.metric, tokens)
+        return candidate.badness, value, candidate.weight_bytes, -candidate.shape.depth
+
+    fitting = sorted((c for c in found if excess(c, budget, tokens)[0] <= 1), key=order)
+    if not fitting:
+        closest = min(found, key=lambda c: (excess(c, budget, tokens)[0], order(c)))
+        raise NoShapeFits(_closest(closest, budget, tokens))
+    best = fitting[0]
+    better = [excess(c, budget, tokens)[1] for c in found if order(c)[0] < best.badness]
+    binding = " and ".join(sorted(set(better))) or None
+    storable = [c for c in found if budget.memory_bytes is None or c.prediction.memory_bytes <= budget.memory_bytes]
+    return SearchResult(best, tuple(fitting), tuple(pareto_front(storable, budget.metric, tokens)), len(found), binding)
+
+
+def _closest(closest: Candidate, budget: Budget, tokens: int) -> str:
+    factor, bound = excess(closest, budget, tokens)
+    if bound == "latency":
+        found = closest.prediction.value(budget.metric, tokens)
+        needs = f"{budget.metric.upper()} {found:.3g} ms where {budget.ms:g} ms is allowed"
+    else:
+        found = closest.prediction.memory_bytes / 1e9
+        needs = f"{found:.3g} GB where {(budget.memory_bytes or 0) / 1e9:.3g} GB is allowed"
+    return (
+        f"no shape fits the budget: the closest is {closest.shape} in {closest.flow} {closest.precision}, which needs "
+        f"{needs} ({closest.prediction.source}); {bound} bounds it, {factor:.2f} times over"
+    )

@@ -1,0 +1,157 @@
+"""The selection: what stage 1 learnt about a model, and the folder that keeps it.
+
+For every depth it names the blocks that are kept, and for every block it scores key/value groups and neurons. The
+folder holds ``selection.json`` and ``selection.safetensors``; docs/formats.md describes both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from amoeba_deploy.architecture import Architecture
+from amoeba_deploy.errors import BadInput
+from amoeba_deploy.files import read_json, write_json
+from amoeba_deploy.plan import NEURON_MULTIPLE, Plan, make_plan
+from amoeba_deploy.shape import Shape
+from amoeba_deploy.tensors import array_source, as_float32, read_header, write_tensors
+
+SELECTION_FORMAT = "amoeba.selection/1"
+
+
+@dataclass(frozen=True)
+class BlockScores:
+    """One block: scores of groups [G] and neurons [F], and means of o_proj's [H*h] and down_proj's [F] inputs."""
+
+    heads: NDArray[np.float32]
+    neurons: NDArray[np.float32]
+    o_proj_mean: NDArray[np.float32]
+    down_proj_mean: NDArray[np.float32]
+
+    def tensors(self, index: int) -> dict[str, NDArray[np.float32]]:
+        """The arrays by the names that the file gives them."""
+        return {
+            f"blocks.{index}.heads": self.heads,
+            f"blocks.{index}.neurons": self.neurons,
+            f"blocks.{index}.o_proj.mean": self.o_proj_mean,
+            f"blocks.{index}.down_proj.mean": self.down_proj_mean,
+        }
+
+
+@dataclass(frozen=True)
+class DepthChoice:
+    """The blocks kept at one depth, ascending, and the metric that they reached on the calibration data."""
+
+    kept: tuple[int, ...]
+    metric: float
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A whole selection. ``facts`` are the other entries of selection.json: methods, calibration, cost."""
+
+    base_digest: str
+    depths: dict[int, DepthChoice]
+    blocks: tuple[BlockScores, ...]
+    facts: dict[str, Any]
+
+    @property
+    def depth(self) -> int:
+        """Blocks of the full model."""
+        return len(self.blocks)
+
+    @property
+    def minimum_depth(self) -> int:
+        """The smallest depth for which blocks were chosen."""
+        return min(self.depths)
+
+    def kept_blocks(self, depth: int) -> tuple[int, ...]:
+        """The blocks kept at a depth; raises BadInput where the selection does not reach it."""
+        if depth not in self.depths:
+            raise BadInput(
+                f"depth {depth} is outside what the selection covers, {self.minimum_depth} to {self.depth}; "
+                f"choose one of those, or select again with a lower --min-depth"
+            )
+        return self.depths[depth].kept
+
+    def plan(self, architecture: Architecture, shape: Shape, multiple: int = NEURON_MULTIPLE) -> Plan:
+        """The exact units that a shape keeps."""
+
+        def scores(index: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+            return self.blocks[index].heads, self.blocks[index].neurons
+
+        return make_plan(architecture, shape, self.kept_blocks(shape.depth), scores, multiple)
+
+
+def write_selection(folder: Path, selection: Selection) -> None:
+    """Write ``selection.json`` and ``selection.safetensors`` into an existing folder."""
+    depths = {
+        str(depth): {"kept": list(choice.kept), "metric": choice.metric}
+        for depth, choice in sorted(selection.depths.items(), reverse=True)
+    }
+    head = {"format": SELECTION_FORMAT, "base_digest": selection.base_digest, "blocks": selection.depth}
+    write_json(folder / "selection.json", head | selection.facts | {"depth": depths})
+    arrays = [item for index, block in enumerate(selection.blocks) for item in block.tensors(index).items()]
+    sources = {name: array_source(array.astype(np.float32), "F32") for name, array in arrays}
+    write_tensors(folder / "selection.safetensors", sources)
+
+
+def _read_blocks(file: Path, architecture: Architecture) -> tuple[BlockScores, ...]:
+    infos, _ = read_header(file)
+    data = np.memmap(file, mode="r")
+
+    def array(name: str, length: int) -> NDArray[np.float32]:
+        info = infos.get(name)
+        if info is None or info.shape != (length,) or info.dtype != "F32":
+            raise BadInput(f"{file}: lacks '{name}' as {length} float32 numbers; it is not of this model")
+        values = np.frombuffer(data[info.offset : info.offset + info.length], np.float32)
+        if not np.isfinite(values).all():
+            raise BadInput(f"{file}: '{name}' holds numbers that are not finite; select again")
+        return as_float32(values, "F32")
+
+    query = architecture.heads * architecture.head_dim
+    return tuple(
+        BlockScores(
+            array(f"blocks.{index}.heads", architecture.kv_heads),
+            array(f"blocks.{index}.neurons", architecture.neurons),
+            array(f"blocks.{index}.o_proj.mean", query),
+            array(f"blocks.{index}.down_proj.mean", architecture.neurons),
+        )
+        for index in range(architecture.depth)
+    )
+
+
+def _read_depths(value: Any, blocks: int, file: Path) -> dict[int, DepthChoice]:
+    try:
+        depths = {
+            int(depth): DepthChoice(tuple(entry["kept"]), float(entry["metric"])) for depth, entry in value.items()
+        }
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise BadInput(f"{file}: its 'depth' table is malformed; select again") from None
+    for depth, choice in depths.items():
+        legal = all(type(i) is int and 0 <= i < blocks for i in choice.kept)
+        if not legal or len(choice.kept) != depth or list(choice.kept) != sorted(set(choice.kept)):
+            raise BadInput(f"{file}: the blocks kept at depth {depth} are not {depth} ascending block numbers")
+    if blocks not in depths:
+        raise BadInput(f"{file}: lacks the full depth {blocks}; select again")
+    return depths
+
+
+def read_selection(folder: Path, architecture: Architecture) -> Selection:
+    """The selection in a folder, checked against the sizes of the model that it is meant for.
+
+    Raises:
+        BadInput: it is missing, damaged, or of a model of other sizes.
+    """
+    file = folder / "selection.json"
+    value = read_json(file, SELECTION_FORMAT)
+    if value.get("blocks") != architecture.depth:
+        raise BadInput(f"{file}: is for a model of {value.get('blocks')} blocks, this one has {architecture.depth}")
+    facts = {k: v for k, v in value.items() if k not in ("format", "base_digest", "blocks", "depth")}
+    depths = _read_depths(value.get("depth"), architecture.depth, file)
+    blocks = _read_blocks(folder / "selection.safetensors", architecture)
+    return Selection(str(value.get("base_digest")), depths, blocks, facts)

@@ -1,0 +1,87 @@
+"""What ``run`` and ``evaluate`` work on: a bundle's engine, a model folder, or shapes of a checkpoint."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from amoeba_deploy.backends import load_backend
+from amoeba_deploy.backends.backend import Engine
+from amoeba_deploy.bundle import ENGINE, MANIFEST, read_manifest
+from amoeba_deploy.checkpoint import Checkpoint
+from amoeba_deploy.errors import BadInput
+from amoeba_deploy.evaluation import read_questions, task_accuracy, text_loss, text_rows
+from amoeba_deploy.extraction import extract
+from amoeba_deploy.families import read_architecture
+from amoeba_deploy.model_folder import ModelFolder, load_tokenizer, read_config
+from amoeba_deploy.progress import Progress
+from amoeba_deploy.quality_measurement import engine_logits
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An opened engine, the folder with its tokenizer and config, and what it is."""
+
+    engine: Engine
+    folder: Path
+    flow: str
+    precision: str
+    context: int
+
+
+def open_subject(path: Path) -> Subject:
+    """Open a bundle through its engine, or a model folder through the torch flow in float32.
+
+    Raises:
+        BadInput: the path is neither.
+    """
+    if (path / MANIFEST).is_file():
+        manifest = read_manifest(path)
+        flow, precision, folder = manifest["flow"], manifest["precision"], path / ENGINE
+        context = int(manifest.get("context", read_architecture(read_config(folder)).context))
+    elif (path / "config.json").is_file():
+        model = ModelFolder(path)
+        model.check_shapes()
+        flow, precision, folder, context = "torch", "fp32", path, model.architecture.context
+    else:
+        raise BadInput(f"{path}: is neither a bundle nor a model folder")
+    return Subject(load_backend(flow).open(folder, precision), folder, flow, precision, context)
+
+
+def subjects(
+    path: Path | None, shapes: Sequence[str], open_checkpoint: Callable[[Path | None], Checkpoint]
+) -> Iterator[tuple[str, Subject]]:
+    """Named subjects: the bundle or model at a path, or shapes of a checkpoint (the full one where none is named)."""
+    if path is not None and not (path / "amoeba.json").is_file() and not shapes:
+        yield str(path), open_subject(path)
+        return
+    checkpoint = open_checkpoint(path)
+    for text in shapes or [f"{checkpoint.architecture.depth}x1"]:
+        plan = checkpoint.plan_of(text)
+        with tempfile.TemporaryDirectory(prefix="amoeba-evaluate-") as work:
+            extract(checkpoint.model, plan, Path(work))
+            yield text, open_subject(Path(work))
+
+
+def evaluate_subject(
+    subject: Subject, text: Path | None, tasks: Sequence[Path], sequence: int, progress: Progress
+) -> dict[str, Any]:
+    """Loss and perplexity on a text, accuracy on files of questions; the entries of ``evaluate --json``."""
+    tokenizer, logits = load_tokenizer(subject.folder), engine_logits(subject.engine)
+    result: dict[str, Any] = {}
+    if text is not None:
+        rows = text_rows(text, tokenizer, min(sequence, subject.context))
+        with progress.bar(text.name, -(-len(rows) // 8)) as step:
+            loss = text_loss(logits, rows, step)
+        result |= {"loss": loss.loss, "perplexity": loss.perplexity, "tokens": loss.tokens}
+    if tasks:
+        result["tasks"] = {}
+    for file in tasks:
+        questions = read_questions(file)
+        with progress.bar(file.name, len(questions)) as step:
+            found = task_accuracy(logits, questions, tokenizer, subject.context, step)
+        result["tasks"][file.stem] = {"accuracy": found.accuracy, "n": found.questions, "chance": found.chance}
+    return result

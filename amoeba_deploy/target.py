@@ -1,0 +1,174 @@
+"""What to search on: a device with its flows and precisions, and where the latencies come from.
+
+Where the user names neither flow nor precision, the first of the device's own preferences that this installation can
+lower is taken, and it is said why earlier ones were passed over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from amoeba_deploy.architecture import Architecture
+from amoeba_deploy.backends import flow_names, load_backend
+from amoeba_deploy.backends.backend import Backend, check_precision
+from amoeba_deploy.errors import AmoebaError, BadInput, LatencyUnknown, ToolchainMissing
+from amoeba_deploy.profiles.device import Device
+from amoeba_deploy.profiles.prediction import Prediction
+from amoeba_deploy.profiles.roofline import estimate
+from amoeba_deploy.profiles.table import Table
+from amoeba_deploy.profiles.workload import Workload
+from amoeba_deploy.quality import Quality
+from amoeba_deploy.search import Budget, Candidate, SearchResult, candidates, search
+from amoeba_deploy.shape import Shape
+
+
+@dataclass(frozen=True)
+class Target:
+    """A device, the (flow, precision) pairs to consider, the workload, and remarks on how the pairs were chosen."""
+
+    device: Device
+    pairs: tuple[tuple[str, str], ...]
+    workload: Workload
+    context: int
+    remarks: tuple[str, ...]
+
+
+def ready_backend(flow: str) -> Backend:
+    """The backend of a flow with its toolchain installed; raises ToolchainMissing with how to get it otherwise."""
+    backend = load_backend(flow)
+    toolchain = backend.toolchain()
+    if toolchain.missing:
+        names = ", ".join(toolchain.missing)
+        raise ToolchainMissing(f"the flow '{flow}' needs {names}, which is not installed; run {toolchain.install}")
+    return backend
+
+
+def _first_ready(device: Device, precisions: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
+    """The device's first preference that can be lowered here (in one of ``precisions``, if any), and remarks."""
+    remarks = []
+    for preference in device.flows:
+        try:
+            backend = ready_backend(preference.flow)
+            wanted = precisions or [preference.precision]
+            for precision in wanted:
+                check_precision(backend, precision)
+        except AmoebaError as error:
+            remarks.append(f"passed over {preference.flow} {'/'.join(precisions) or preference.precision}: {error}")
+            continue
+        return [(preference.flow, precision) for precision in wanted], remarks
+    listed = ", ".join(f"{p.flow} {p.precision}" for p in device.flows)
+    if precisions and not any(p in load_backend(f).precisions() for f in flow_names() for p in precisions):
+        raise BadInput(f"no flow of this installation has the precision {', '.join(precisions)}")
+    raise ToolchainMissing(f"nothing that '{device.name}' lists can be lowered here ({listed}); {remarks[0]}")
+
+
+def resolve_target(
+    device: Device, flows: Sequence[str], precisions: Sequence[str], workload: Workload, context: int
+) -> Target:
+    """The (flow, precision) pairs to search over.
+
+    Raises:
+        BadInput: a flow or precision is not known.
+        ToolchainMissing: a flow's toolchain is not installed.
+    """
+    if not flows:
+        pairs, remarks = _first_ready(device, precisions)
+        return Target(device, tuple(pairs), workload, context, tuple(remarks))
+    pairs = []
+    for flow in flows:
+        backend = ready_backend(flow)
+        preferred = [p.precision for p in device.flows if p.flow == flow and p.precision in backend.precisions()]
+        for precision in precisions or preferred[:1] or backend.precisions()[:1]:
+            check_precision(backend, precision)
+            pairs.append((flow, precision))
+    return Target(device, tuple(dict.fromkeys(pairs)), workload, context, ())
+
+
+def ranked_pairs(target: Target, quality: Quality | None) -> tuple[tuple[tuple[str, str], ...], list[str]]:
+    """The pairs whose qualities can be ranked against each other, and a remark for each that was left out."""
+    if quality is None or len(target.pairs) == 1:
+        return target.pairs, []
+    known = tuple(pair for pair in target.pairs if pair[1] in quality.precisions)
+    left = [p for p in target.pairs if p not in known]
+    if not known:
+        raise BadInput("none of these precisions has a measured quality, so they cannot be ranked; name a single one")
+    return known, [f"left out {flow} {precision}: its quality was not measured" for flow, precision in left]
+
+
+def predictor(
+    target: Target,
+    sizes_of: Callable[[Shape], Architecture],
+    digest: str,
+    flow: str,
+    precision: str,
+    table: Table | None,
+) -> Callable[[Shape], Prediction]:
+    """Where latencies of one flow and precision come from: the table where it has rows for them, else an estimate.
+
+    Raises:
+        BadInput: the table is of another architecture.
+        LatencyUnknown: there are no rows, and the device has no figures to estimate from.
+    """
+    if table is not None:
+        if table.architecture_digest != digest:
+            raise BadInput("the latency table was measured for another model architecture; profile this one")
+        if (flow, precision) in table.flows(target.workload) or target.device.bandwidth is None:
+            return table.predictor(sizes_of, flow, precision, target.workload)
+    storage = load_backend(flow).storage(precision)
+
+    def estimated(shape: Shape) -> Prediction:
+        return estimate(sizes_of(shape), storage, target.device, flow, precision, target.workload, target.context)
+
+    return estimated
+
+
+def search_target(
+    target: Target,
+    architecture: Architecture,
+    shapes: Sequence[Shape],
+    quality: Quality | None,
+    budget: Budget,
+    sizes_of: Callable[[Shape], Architecture],
+    table: Table | None = None,
+    measured_only: bool = False,
+) -> tuple[SearchResult, list[str]]:
+    """Search all shapes in all pairs of a target; returns the result and further remarks.
+
+    ``sizes_of`` gives a shape the sizes of its subnet.
+
+    Raises:
+        NoShapeFits: nothing fits the budget.
+        BadInput: a backend refuses every shape.
+        LatencyUnknown: no latency is known, or only estimates where ``measured_only`` demands more.
+    """
+    pairs, remarks = ranked_pairs(target, quality)
+    found: list[Candidate] = []
+    refusals: list[str] = []
+    for flow, precision in pairs:
+        backend = load_backend(flow)
+        predict = predictor(target, sizes_of, architecture.digest, flow, precision, table)
+        legal = []
+        for shape in shapes:
+            refused = backend.refusal(sizes_of(shape), precision, target.context)
+            refusals += [f"the flow '{flow}' refuses {shape}: {refused}"] if refused else []
+            legal += [] if refused else [shape]
+        found += candidates(
+            legal,
+            architecture,
+            sizes_of,
+            flow,
+            precision,
+            predict,
+            quality,
+            backend.storage(precision).weight_bytes,
+        )
+    if not found:
+        raise BadInput(refusals[0])
+    if measured_only:
+        found = [c for c in found if c.prediction.source != "estimated"]
+        if not found:
+            raise LatencyUnknown(
+                f"only estimates exist for '{target.device.name}'; run 'amoeba profile' there, or drop --measured-only"
+            )
+    return search(found, budget, target.workload), remarks

@@ -1,0 +1,130 @@
+"""Verification: does a built engine compute what the model computes that it was built from?
+
+The engine is fed ids that cover the vocabulary and a short text, and then the tokens that the reference itself would
+choose. At every position its logits must lie within the flow's stated tolerance of the reference's, and the token it
+would choose must be the reference's, up to the first step at which the reference's best two logits are closer than
+twice the tolerance (there either choice is right). The reference is transformers in float32, with the weights that
+the engine really holds: a quantised engine is compared with its own weights dequantised.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from amoeba_deploy.backends import load_backend
+from amoeba_deploy.backends.backend import Backend, Engine, Ids
+from amoeba_deploy.errors import BadInput, VerificationFailed
+from amoeba_deploy.model_folder import ModelFolder
+
+STEPS = 32
+PROBE = 48
+PROMPT = "Once upon a time there was"
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was compared: the largest logit difference, what was allowed, and the greedy tokens of the engine."""
+
+    max_logit_error: float
+    tolerance: float
+    greedy_tokens_equal: bool
+    prompt: tuple[int, ...]
+    tokens: tuple[int, ...]
+    margins: tuple[float, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether logits and tokens agree."""
+        return self.greedy_tokens_equal and self.max_logit_error <= self.tolerance
+
+    def to_json(self) -> dict[str, Any]:
+        """The entries that ``export --json`` promises, and the tolerance."""
+        return {
+            "max_logit_error": self.max_logit_error,
+            "tolerance": self.tolerance,
+            "greedy_tokens_equal": self.greedy_tokens_equal,
+        }
+
+
+def prompt_ids(model: ModelFolder) -> Ids:
+    """Ids [1, n] of the self-test's prompt; a few small ids where the folder has no tokenizer."""
+    vocabulary = model.architecture.vocabulary
+    try:
+        ids = model.tokenizer().encode(PROMPT).ids
+    except BadInput:
+        ids = list(range(1, 9))
+    return np.array([[identifier % vocabulary for identifier in ids]], dtype=np.int64)
+
+
+def probe_ids(vocabulary: int, length: int = PROBE) -> Ids:
+    """Ids [1, length] spread over the whole vocabulary, always the same."""
+    return np.random.default_rng(0).integers(0, vocabulary, (1, length))
+
+
+def _margin(logits: NDArray[np.float32]) -> float:
+    second, first = np.partition(logits, -2)[-2:]
+    return float(first - second)
+
+
+def compare(
+    engine: Engine, reference: Engine, model: ModelFolder, tolerance: float, steps: int = STEPS
+) -> Verification:
+    """Feed both the same ids and compare; ``tolerance`` is a share of the reference's largest logit.
+
+    Args:
+        engine: the engine under test.
+        reference: the engine that is right.
+        model: the folder that both were made from.
+        tolerance: the largest difference allowed, relative.
+        steps: greedy steps to compare; fewer where the context is shorter.
+    """
+    vocabulary, context = model.architecture.vocabulary, model.architecture.context
+    worst, scale = 0.0, 0.0
+
+    def both(ids: Ids) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        nonlocal worst, scale
+        found, wanted = engine.feed(ids), reference.feed(ids)
+        worst = max(worst, float(np.abs(found - wanted).max()))
+        scale = max(scale, float(np.abs(wanted).max()))
+        return found[0, -1], wanted[0, -1]
+
+    both(probe_ids(vocabulary, min(PROBE, context)))
+    engine.reset()
+    reference.reset()
+    prompt = prompt_ids(model)[:, : context // 2]
+    found, wanted = both(prompt)
+    tokens, right, margins = [], [], []
+    for _ in range(min(steps, context - prompt.shape[1])):
+        tokens.append(int(found.argmax()))
+        right.append(int(wanted.argmax()))
+        margins.append(_margin(wanted))
+        found, wanted = both(np.array([[right[-1]]]))
+    allowed = tolerance * scale
+    decisive = next((i for i, margin in enumerate(margins) if margin < 2 * allowed), len(margins))
+    equal = bool(np.isfinite(worst)) and tokens[:decisive] == right[:decisive]
+    return Verification(worst, allowed, equal, tuple(map(int, prompt[0])), tuple(tokens), tuple(margins))
+
+
+def verify_artefact(backend: Backend, model: ModelFolder, artefact: Path, precision: str) -> Verification:
+    """Open an artefact and compare it with transformers.
+
+    Raises:
+        VerificationFailed: logits or tokens differ by more than allowed; the message has the numbers.
+    """
+    with tempfile.TemporaryDirectory(prefix="amoeba-reference-") as work:
+        folder = backend.reference_folder(model, artefact, precision, Path(work))
+        reference = load_backend("torch").open(folder, "fp32")
+        result = compare(backend.open(artefact, precision), reference, model, backend.tolerance(precision))
+    if not result.passed:
+        tokens = "equal" if result.greedy_tokens_equal else "different"
+        raise VerificationFailed(
+            f"the {backend.flow} engine in {precision} is wrong: its logits differ from the reference by up to "
+            f"{result.max_logit_error:.3g} where {result.tolerance:.3g} is allowed, and its greedy tokens are {tokens}"
+        )
+    return result
