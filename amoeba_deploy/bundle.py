@@ -15,12 +15,11 @@ from typing import Any
 from amoeba_deploy.backends import load_backend
 from amoeba_deploy.errors import BadInput, VerificationFailed
 from amoeba_deploy.files import read_json, sha256_of, write_json
-from amoeba_deploy.generation import Timings, greedy_tokens
+from amoeba_deploy.selftest import check, read_selftest
 
 BUNDLE_FORMAT = "amoeba.bundle/1"
-SELFTEST_FORMAT = "amoeba.selftest/1"
 MEASURED_FORMAT = "amoeba.measured/1"
-MANIFEST, MEASURED, SELFTEST, SIGNATURE = "manifest.json", "measured.json", "selftest.json", "model.sig"
+MANIFEST, MEASURED, SIGNATURE = "manifest.json", "measured.json", "model.sig"
 ENGINE = "engine"
 _UNLISTED = {MANIFEST, MEASURED, SIGNATURE}
 
@@ -43,13 +42,6 @@ def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
         for name in bundle_files(folder)
     }
     write_json(folder / MANIFEST, {"format": BUNDLE_FORMAT, **facts, "files": files})
-
-
-def write_selftest(folder: Path, prompt: tuple[int, ...], tokens: tuple[int, ...], margins: tuple[float, ...]) -> None:
-    """Write the self-test: prompt ids, the ids that the built engine gave, and the reference's margins."""
-    rounded = [round(margin, 3) for margin in margins]
-    value = {"format": SELFTEST_FORMAT, "prompt": list(prompt), "tokens": list(tokens), "margins": rounded}
-    write_json(folder / SELFTEST, value)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -87,16 +79,6 @@ def run_selftest(folder: Path, manifest: Mapping[str, Any]) -> int:
     Raises:
         VerificationFailed: the engine gives other tokens.
     """
-    value = read_json(folder / SELFTEST, SELFTEST_FORMAT)
-    try:
-        prompt, wanted = [int(i) for i in value["prompt"]], [int(i) for i in value["tokens"]]
-    except (KeyError, TypeError, ValueError):
-        raise BadInput(f"{folder / SELFTEST}: lacks prompt or tokens; get the bundle again") from None
+    test = read_selftest(folder)
     engine = load_backend(manifest["flow"]).open(folder / ENGINE, manifest["precision"])
-    found = list(greedy_tokens(engine, prompt, len(wanted), set(), Timings()))
-    if found != wanted:
-        at = next(i for i, pair in enumerate(zip(found, wanted, strict=True)) if pair[0] != pair[1])
-        raise VerificationFailed(
-            f"{folder}: the engine gives token {found[at]} at step {at} where the self-test has {wanted[at]}"
-        )
-    return len(wanted)
+    return check(engine, test, str(folder))

@@ -124,8 +124,16 @@ def devices(name: str | None, as_json: bool, quiet: bool) -> None:
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @output_options
 def select(
-    model: str, output: Path, calibration: Path, samples: int, sequence: int, min_depth: int | None, keep_last: int,
-    force: bool, as_json: bool, quiet: bool,
+    model: str,
+    output: Path,
+    calibration: Path,
+    samples: int,
+    sequence: int,
+    min_depth: int | None,
+    keep_last: int,
+    force: bool,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
     """Choose blocks, heads and neurons of MODEL on a calibration text (stage 1).
 
@@ -142,12 +150,23 @@ def select(
         opened = ModelFolder(resolve_model(model))
         opened.check_shapes()
         selection = run_selection(
-            opened, calibration, samples=samples, sequence=sequence, minimum_depth=min_depth, keep_last=keep_last,
+            opened,
+            calibration,
+            samples=samples,
+            sequence=sequence,
+            minimum_depth=min_depth,
+            keep_last=keep_last,
             progress=Progress(quiet),
         )
         write_selection(folder, selection)
-    table = {str(d): {"kept": list(c.kept), "metric": c.metric} for d, c in sorted(selection.depths.items(), reverse=True)}
-    emit({"path": str(output), **selection.facts, "depth": table}, as_json, lambda: console.print_selection(selection, output))
+    table = {
+        str(d): {"kept": list(c.kept), "metric": c.metric} for d, c in sorted(selection.depths.items(), reverse=True)
+    }
+    emit(
+        {"path": str(output), **selection.facts, "depth": table},
+        as_json,
+        lambda: console.print_selection(selection, output),
+    )
 
 
 @main.group()
@@ -166,8 +185,16 @@ def checkpoint() -> None:
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @output_options
 def checkpoint_create(
-    model: str, selection: Path, output: Path, quality_text: Path | None, quality_tasks: Path | None,
-    name: str | None, include_base: bool, force: bool, as_json: bool, quiet: bool,
+    model: str,
+    selection: Path,
+    output: Path,
+    quality_text: Path | None,
+    quality_tasks: Path | None,
+    name: str | None,
+    include_base: bool,
+    force: bool,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
     """Join MODEL and its selection to an untuned one-for-all checkpoint.
 
@@ -226,14 +253,25 @@ def checkpoint_verify(checkpoint: Path | None, as_json: bool, quiet: bool) -> No
 @checkpoint_argument
 @click.option("--shape", required=True, help="Such as 24x0.75, or a plan file.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder to write.")
-@click.option("--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), help="Of the weights.  [default: the base model's]")
-@click.option("--multiple", type=click.IntRange(1), help="Keep neurons in multiples of this.  [default: the checkpoint's]")
+@click.option(
+    "--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), help="Of the weights.  [default: the base model's]"
+)
+@click.option(
+    "--multiple", type=click.IntRange(1), help="Keep neurons in multiples of this.  [default: the checkpoint's]"
+)
 @click.option("--plan-only", is_flag=True, help="Print the plan as JSON and write nothing.")
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @output_options
 def extract(
-    checkpoint: Path | None, shape: str, output: Path | None, dtype: str | None, multiple: int | None,
-    plan_only: bool, force: bool, as_json: bool, quiet: bool,
+    checkpoint: Path | None,
+    shape: str,
+    output: Path | None,
+    dtype: str | None,
+    multiple: int | None,
+    plan_only: bool,
+    force: bool,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
     """Write the dense subnet of a shape as a folder that stock transformers loads.
 
@@ -268,8 +306,13 @@ def extract(
 @click.option("--sequence", type=click.IntRange(2), default=256, show_default=True, help="Tokens a row of text.")
 @output_options
 def evaluate(
-    path: Path | None, shape: tuple[str, ...], text: Path | None, tasks: str | None, sequence: int,
-    as_json: bool, quiet: bool,
+    path: Path | None,
+    shape: tuple[str, ...],
+    text: Path | None,
+    tasks: str | None,
+    sequence: int,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
     """Perplexity on a text and accuracy on questions, of a model folder, a bundle, or shapes of a checkpoint.
 
@@ -311,7 +354,12 @@ def run(path: Path, prompt: str, tokens: int, as_json: bool, quiet: bool) -> Non
         if not as_json:
             click.echo(piece, nl=False)
             sys.stdout.flush()
-    value = {"text": "".join(pieces), "tokens": len(timings.later) + 1, "ttft_ms": timings.ttft_ms, "tpot_ms": timings.tpot_ms}
+    value = {
+        "text": "".join(pieces),
+        "tokens": len(timings.later) + 1,
+        "ttft_ms": timings.ttft_ms,
+        "tpot_ms": timings.tpot_ms,
+    }
     emit(value, as_json, lambda: click.echo())
     tpot = "" if timings.tpot_ms is None else f", TPOT {timings.tpot_ms:.2f} ms"
     Progress(quiet).say(f"{subject.flow} {subject.precision}: TTFT {timings.ttft_ms:.1f} ms{tpot} (measured)")
@@ -324,14 +372,27 @@ def run(path: Path, prompt: str, tokens: int, as_json: bool, quiet: bool) -> Non
 @click.option("--shapes", default="grid", show_default=True, help="corners, grid, or shapes separated by commas.")
 @click.option("--repeats", type=click.IntRange(3), default=9, show_default=True, help="Runs of each engine.")
 @click.option("--budget", type=Seconds(), default="5m", show_default=True, help="Time after which no repeat begins.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Table to write.  [default: this machine's cache]")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="Table to write.  [default: this machine's cache]"
+)
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @workload_options
 @output_options
 def profile(
-    checkpoint: Path | None, flow: str | None, precision: str | None, shapes: str, repeats: int, budget: float,
-    output: Path | None, force: bool, batch: int, prompt: int, tokens: int, context: int | None,
-    as_json: bool, quiet: bool,
+    checkpoint: Path | None,
+    flow: str | None,
+    precision: str | None,
+    shapes: str,
+    repeats: int,
+    budget: float,
+    output: Path | None,
+    force: bool,
+    batch: int,
+    prompt: int,
+    tokens: int,
+    context: int | None,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
     """Measure latencies of some shapes on this machine; search interpolates the rest.
 
@@ -344,8 +405,17 @@ def profile(
 
     opened = open_named(checkpoint)
     table, file = profile_to(
-        opened, comma_list(flow), comma_list(precision), shapes, Workload(batch, prompt, tokens), context,
-        repeats=repeats, budget=budget, output=output, force=force, progress=Progress(quiet),
+        opened,
+        comma_list(flow),
+        comma_list(precision),
+        shapes,
+        Workload(batch, prompt, tokens),
+        context,
+        repeats=repeats,
+        budget=budget,
+        output=output,
+        force=force,
+        progress=Progress(quiet),
     )
     value = {"path": str(file), "rows": len(table.rows)}
     emit(value, as_json, lambda: console.print_table(table, file))
@@ -376,14 +446,22 @@ def search(checkpoint: Path | None, config: Path | None, top: int, as_json: bool
 @checkpoint_argument
 @search_options
 @click.option("--shape", help="Build this shape or plan file instead of searching.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Bundle to write.  [default: named after its target]")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="Bundle to write.  [default: named after its target]"
+)
 @click.option("--no-verify", is_flag=True, help="Do not compare the engine with transformers.")
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @workload_options
 @output_options
 def export(
-    checkpoint: Path | None, shape: str | None, output: Path | None, no_verify: bool, force: bool,
-    as_json: bool, quiet: bool, **asked: Any,
+    checkpoint: Path | None,
+    shape: str | None,
+    output: Path | None,
+    no_verify: bool,
+    force: bool,
+    as_json: bool,
+    quiet: bool,
+    **asked: Any,
 ) -> None:
     """Search, extract, lower, verify and bundle: from a checkpoint to an engine for a device.
 
@@ -419,4 +497,8 @@ def bundle_verify(path: Path, as_json: bool, quiet: bool) -> None:
     Progress(quiet).say("files intact, running the self-test")
     count = run_selftest(path, manifest)
     value = {"path": str(path), "files": len(manifest["files"]), "selftest_tokens": count}
-    emit(value, as_json, lambda: click.echo(f"{path}: {len(manifest['files'])} files intact, {count} self-test tokens equal"))
+    emit(
+        value,
+        as_json,
+        lambda: click.echo(f"{path}: {len(manifest['files'])} files intact, {count} self-test tokens equal"),
+    )

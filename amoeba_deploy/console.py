@@ -264,7 +264,7 @@ def print_export(done: ExportAnswer) -> None:
     else:
         click.echo(
             f"verified: logits within {verified.max_logit_error:.2g} of the reference "
-            f"(allowed {verified.tolerance:.2g}), {len(verified.tokens)} greedy tokens equal"
+            f"(allowed {verified.tolerance:.2g}), {verified.greedy_tokens} greedy tokens equal"
         )
     if done.export.timing is not None:
         timing = done.export.timing

@@ -14,17 +14,17 @@ from typing import Any
 
 from amoeba_deploy import __version__
 from amoeba_deploy.backends import load_backend
-from amoeba_deploy.bundle import ENGINE, MEASURED, MEASURED_FORMAT, write_manifest, write_selftest
+from amoeba_deploy.bundle import ENGINE, MEASURED, MEASURED_FORMAT, write_manifest
 from amoeba_deploy.checkpoint import Checkpoint
 from amoeba_deploy.files import whole_folder, write_json
 from amoeba_deploy.lowering import lower_plan
-from amoeba_deploy.model_folder import ModelFolder
 from amoeba_deploy.plan import Plan
 from amoeba_deploy.profiles.machine import fingerprint, machine_facts
 from amoeba_deploy.profiles.measure import Timing, measure
 from amoeba_deploy.profiles.workload import Workload
 from amoeba_deploy.progress import Progress
-from amoeba_deploy.verification import Verification, compare, verify_artefact
+from amoeba_deploy.selftest import record, write_selftest
+from amoeba_deploy.verification import STEPS, Verification, prompt_ids, verify_artefact
 
 LOCAL_REPEATS = 9
 
@@ -98,33 +98,26 @@ def export(
                 Path(work),
                 checkpoint.origin(),
             )
+        verification, timing = None, None
         with phases.phase("verify"):
             if verify:
                 progress.say("verifying against transformers")
-                tested = verify_artefact(backend, subnet, engine, order.precision)
-            else:
-                tested = own_tokens(order, engine, subnet)
-        verification, timing = (tested if verify else None), None
+                verification = verify_artefact(backend, subnet, engine, order.precision)
+        opened = backend.open(engine, order.precision)
         with phases.phase("measure"):
             if order.on_this_machine:
                 progress.say("measuring")
-                opened = backend.open(engine, order.precision)
                 timing = measure([opened], subnet.architecture.vocabulary, order.workload, LOCAL_REPEATS)[0]
         with phases.phase("bundle"):
-            write_selftest(folder, tested.prompt, tested.tokens, tested.margins)
+            prompt = tuple(int(identifier) for identifier in prompt_ids(subnet)[0])
+            steps = min(STEPS, order.context - len(prompt))
+            write_selftest(folder, record(opened, prompt, steps, verification.rounding if verification else 0.0))
             for file in subnet.tokenizer_files():
                 shutil.copyfile(file, folder / file.name)
             write_json(folder / MEASURED, _measured(verification, timing, order))
             write_manifest(folder, manifest_facts(checkpoint, order))
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     return Export(output, verification, timing, size)
-
-
-def own_tokens(order: Order, artefact: Path, subnet: ModelFolder) -> Verification:
-    """The engine's own greedy tokens for the self-test, where verification was declined."""
-    engine = load_backend(order.flow).open(artefact, order.precision)
-    twin = load_backend(order.flow).open(artefact, order.precision)
-    return compare(engine, twin, subnet, 1.0)
 
 
 def manifest_facts(checkpoint: Checkpoint, order: Order) -> dict[str, Any]:

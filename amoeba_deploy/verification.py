@@ -4,13 +4,14 @@ The engine is fed ids that cover the vocabulary and a short text, and then the t
 choose. At every position its logits must lie within the flow's stated tolerance of the reference's, and the token it
 would choose must be the reference's, up to the first step at which the reference's best two logits are closer than
 twice the tolerance (there either choice is right). The reference is transformers in float32, with the weights that
-the engine really holds: a quantised engine is compared with its own weights dequantised.
+the engine really holds: a quantised engine is compared with its own weights dequantised. Where an engine also rounds
+activations, the same graph is first run without that rounding and held to a float32 engine's tolerance.
 """
 
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from amoeba_deploy.backends import load_backend
-from amoeba_deploy.backends.backend import Backend, Engine, Ids
+from amoeba_deploy.backends.backend import EXACT_TOLERANCE, Backend, Engine, Ids
 from amoeba_deploy.errors import BadInput, VerificationFailed
 from amoeba_deploy.model_folder import ModelFolder
+from amoeba_deploy.selftest import margin
 
 STEPS = 32
 PROBE = 48
@@ -29,19 +31,24 @@ PROMPT = "Once upon a time there was"
 
 @dataclass(frozen=True)
 class Verification:
-    """What was compared: the largest logit difference, what was allowed, and the greedy tokens of the engine."""
+    """The largest logit difference, what was allowed (absolute), and whether so many greedy tokens agreed."""
 
     max_logit_error: float
     tolerance: float
     greedy_tokens_equal: bool
-    prompt: tuple[int, ...]
-    tokens: tuple[int, ...]
-    margins: tuple[float, ...]
+    greedy_tokens: int
+    exact_logit_error: float | None = None
 
     @property
     def passed(self) -> bool:
         """Whether logits and tokens agree."""
         return self.greedy_tokens_equal and self.max_logit_error <= self.tolerance
+
+    @property
+    def rounding(self) -> float:
+        """How far another right engine's logits may be off this one's, to two digits: what it rounds, they may not."""
+        error = self.tolerance if self.exact_logit_error is None else self.max_logit_error
+        return float(f"{error:.1e}")
 
     def to_json(self) -> dict[str, Any]:
         """The entries that ``export --json`` promises, and the tolerance."""
@@ -49,6 +56,8 @@ class Verification:
             "max_logit_error": self.max_logit_error,
             "tolerance": self.tolerance,
             "greedy_tokens_equal": self.greedy_tokens_equal,
+            "greedy_tokens": self.greedy_tokens,
+            "exact_logit_error": self.exact_logit_error,
         }
 
 
@@ -65,11 +74,6 @@ def prompt_ids(model: ModelFolder) -> Ids:
 def probe_ids(vocabulary: int, length: int = PROBE) -> Ids:
     """Ids [1, length] spread over the whole vocabulary, always the same."""
     return np.random.default_rng(0).integers(0, vocabulary, (1, length))
-
-
-def _margin(logits: NDArray[np.float32]) -> float:
-    second, first = np.partition(logits, -2)[-2:]
-    return float(first - second)
 
 
 def compare(
@@ -94,21 +98,24 @@ def compare(
         scale = max(scale, float(np.abs(wanted).max()))
         return found[0, -1], wanted[0, -1]
 
-    both(probe_ids(vocabulary, min(PROBE, context)))
-    engine.reset()
-    reference.reset()
+    def afresh(ids: Ids) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        engine.reset()
+        reference.reset()
+        return both(ids)
+
+    afresh(probe_ids(vocabulary, min(PROBE, context)))
     prompt = prompt_ids(model)[:, : context // 2]
-    found, wanted = both(prompt)
+    found, wanted = afresh(prompt)
     tokens, right, margins = [], [], []
     for _ in range(min(steps, context - prompt.shape[1])):
         tokens.append(int(found.argmax()))
         right.append(int(wanted.argmax()))
-        margins.append(_margin(wanted))
+        margins.append(margin(wanted))
         found, wanted = both(np.array([[right[-1]]]))
     allowed = tolerance * scale
-    decisive = next((i for i, margin in enumerate(margins) if margin < 2 * allowed), len(margins))
+    decisive = next((i for i, value in enumerate(margins) if value < 2 * allowed), len(margins))
     equal = bool(np.isfinite(worst)) and tokens[:decisive] == right[:decisive]
-    return Verification(worst, allowed, equal, tuple(map(int, prompt[0])), tuple(tokens), tuple(margins))
+    return Verification(worst, allowed, equal, decisive)
 
 
 def verify_artefact(backend: Backend, model: ModelFolder, artefact: Path, precision: str) -> Verification:
@@ -120,11 +127,20 @@ def verify_artefact(backend: Backend, model: ModelFolder, artefact: Path, precis
     with tempfile.TemporaryDirectory(prefix="amoeba-reference-") as work:
         folder = backend.reference_folder(model, artefact, precision, Path(work))
         reference = load_backend("torch").open(folder, "fp32")
+        exact = backend.open_exact(artefact)
+        strict = compare(exact, reference, model, EXACT_TOLERANCE) if exact else None
         result = compare(backend.open(artefact, precision), reference, model, backend.tolerance(precision))
+    if strict is not None:
+        _require(strict, f"the {backend.flow} engine in {precision}, run on float32 activations,")
+        result = replace(result, exact_logit_error=strict.max_logit_error, greedy_tokens=strict.greedy_tokens)
+    _require(result, f"the {backend.flow} engine in {precision}")
+    return result
+
+
+def _require(result: Verification, what: str) -> None:
     if not result.passed:
         tokens = "equal" if result.greedy_tokens_equal else "different"
         raise VerificationFailed(
-            f"the {backend.flow} engine in {precision} is wrong: its logits differ from the reference by up to "
-            f"{result.max_logit_error:.3g} where {result.tolerance:.3g} is allowed, and its greedy tokens are {tokens}"
+            f"{what} is wrong: its logits differ from the reference by up to {result.max_logit_error:.3g} where "
+            f"{result.tolerance:.3g} is allowed, and its greedy tokens are {tokens}"
         )
-    return result

@@ -400,7 +400,7 @@ def documents(world: World, seed: int) -> Iterator[str]:
 
 
 def validation_questions(world: World, seed: int = 1) -> list[dict[str, object]]:
-    """Each held-out fact, asked in every wording, as multiple choice (`question`, `choices`, `gold`); chance is 1 in 4."""
+    """Each held-out fact in every wording as multiple choice (`question`, `choices`, `gold`); chance is 1 in 4."""
     rng = random.Random(seed)
     rows: list[dict[str, object]] = []
     for entity in world.entities:

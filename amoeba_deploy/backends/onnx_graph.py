@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -98,7 +99,7 @@ class Graph:
 
 def joined(infos: Sequence[TensorInfo]) -> TensorInfo | None:
     """Several tensors as one, stacked along their first axis, where they lie next to each other in one file."""
-    for left, right in zip(infos[:-1], infos[1:], strict=True):
+    for left, right in pairwise(infos):
         if left.file != right.file or left.dtype != right.dtype or left.offset + left.length != right.offset:
             return None
     first = infos[0]
@@ -123,15 +124,26 @@ class Emitter:
         info = self.tensors[name]
         return self.graph.external(name, info, info.shape)
 
-    def linear(self, names: Sequence[str], value: str, result: str, columns: int) -> tuple[str, list[int]]:
-        """One product with the stacked matrices ``names`` [out, columns], biases added; and the rows of each."""
-        weights = [f"{name}.weight" for name in names]
-        rows = [self.tensors[weight + self._packed].shape[0] for weight in weights]
+    def linear(self, names: Sequence[str], value: str, result: str, columns: int) -> tuple[list[str], list[int]]:
+        """Products with the matrices ``names`` [out, columns], biases added; and the rows of each matrix.
+
+        Matrices that lie next to each other are multiplied as one, and there is a single result to split.
+        """
+        rows = [self.tensors[f"{name}.weight{self._packed}"].shape[0] for name in names]
+        if not self._adjacent(names) and len(names) > 1:
+            parts = [self.linear([n], value, f"{result}.{i}", columns)[0][0] for i, n in enumerate(names)]
+            return parts, rows
         biases = [f"{name}.bias" for name in names if f"{name}.bias" in self.tensors]
+        weights = [f"{name}.weight" for name in names]
         product = self._product(weights, value, f"{result}.product" if biases else result, sum(rows), columns)
         if biases:
             product = self.graph.node("Add", [product, self._stacked(biases)], result)
-        return product, rows
+        return [product], rows
+
+    def _adjacent(self, names: Sequence[str]) -> bool:
+        kinds = [".weight.packed", ".weight.scales"] if self.bits else [".weight"]
+        kinds += [".bias"] if f"{names[0]}.bias" in self.tensors else []
+        return all(joined([self.tensors[name + kind] for name in names]) is not None for kind in kinds)
 
     @property
     def _packed(self) -> str:
@@ -139,8 +151,7 @@ class Emitter:
 
     def _stacked(self, names: Sequence[str], shape: Sequence[int] | None = None) -> str:
         info = joined([self.tensors[name] for name in names])
-        if info is None:
-            raise BadInput(f"the tensors {', '.join(names)} do not lie next to each other; extract the subnet again")
+        assert info is not None, f"{names} do not lie next to each other"
         return self.graph.external("+".join(names), info, shape or info.shape)
 
     def _product(self, names: Sequence[str], value: str, result: str, rows: int, columns: int) -> str:
@@ -150,16 +161,22 @@ class Emitter:
         packed = self._stacked([f"{name}.packed" for name in names])
         scales = self._stacked([f"{name}.scales" for name in names])
         return self.graph.node(
-            "MatMulNBits", [value, packed, scales], result, domain=MICROSOFT,
-            K=columns, N=rows, bits=self.bits, block_size=BLOCK, accuracy_level=self.accuracy,
+            "MatMulNBits",
+            [value, packed, scales],
+            result,
+            domain=MICROSOFT,
+            K=columns,
+            N=rows,
+            bits=self.bits,
+            block_size=BLOCK,
+            accuracy_level=self.accuracy,
         )
 
-    def split(self, value: str, rows: Sequence[int], result: str) -> list[str]:
-        """Cut the last axis into parts of so many channels."""
-        if len(rows) == 1:
-            return [value]
-        sizes = self.graph.integers(*rows)
-        self.graph.node("Split", [value, sizes], result, outputs=len(rows), axis=-1)
+    def split(self, products: Sequence[str], rows: Sequence[int], result: str) -> list[str]:
+        """The product with each matrix: as they are, or cut from the last axis of a single one."""
+        if len(products) > 1:
+            return list(products)
+        self.graph.node("Split", [products[0], self.graph.integers(*rows)], result, outputs=len(rows), axis=-1)
         return [result if index == 0 else f"{result}.{index}" for index in range(len(rows))]
 
     def embedding(self) -> str:
@@ -170,23 +187,39 @@ class Emitter:
         packed, scales = self.tensors[f"{name}.packed"], f"{name}.scales"
         flat = self.graph.external(f"{name}.rows", packed, (packed.shape[0], math.prod(packed.shape[1:])))
         return self.graph.node(
-            "GatherBlockQuantized", [flat, "input_ids", self.vector(scales)], "embedded", domain=MICROSOFT,
-            bits=self.bits, block_size=BLOCK, quantize_axis=1, gather_axis=0,
+            "GatherBlockQuantized",
+            [flat, "input_ids", self.vector(scales)],
+            "embedded",
+            domain=MICROSOFT,
+            bits=self.bits,
+            block_size=BLOCK,
+            quantize_axis=1,
+            gather_axis=0,
         )
 
     def norm(self, value: str, weight: str, result: str) -> str:
         """RMS norm over the last axis."""
         return self.graph.node(
-            "SimplifiedLayerNormalization", [value, self.vector(weight)], result,
-            axis=-1, epsilon=self.sizes.norm_epsilon, stash_type=1,
+            "SimplifiedLayerNormalization",
+            [value, self.vector(weight)],
+            result,
+            axis=-1,
+            epsilon=self.sizes.norm_epsilon,
+            stash_type=1,
         )
 
     def add_norm(self, skip: str, value: str, weight: str, result: str) -> tuple[str, str]:
         """RMS norm of a sum, and the sum itself."""
         outputs = [result, "", "", f"{result}.sum"]
         self.graph.nodes.append(
-            helper.make_node("SkipSimplifiedLayerNormalization", [skip, value, self.vector(weight)], outputs,
-                             name=result, domain=MICROSOFT, epsilon=self.sizes.norm_epsilon)
+            helper.make_node(
+                "SkipSimplifiedLayerNormalization",
+                [skip, value, self.vector(weight)],
+                outputs,
+                name=result,
+                domain=MICROSOFT,
+                epsilon=self.sizes.norm_epsilon,
+            )
         )
         return result, outputs[3]
 
@@ -198,7 +231,7 @@ class Emitter:
         return self.graph.node("Reshape", [normed, self.graph.integers(0, 0, heads * size)], result)
 
     def positions(self) -> None:
-        """What all blocks share: rotary tables and the lengths (fused), or positions and the causal mask (written out)."""
+        """What all blocks share: rotary tables and lengths (fused), or positions and the causal mask (written out)."""
         graph = self.graph
         frequencies = inverse_frequencies(self.sizes.rope, self.sizes.head_dim)
         graph.constant("rotary.frequencies", frequencies[None])
@@ -226,40 +259,54 @@ class Emitter:
         column = graph.node("Unsqueeze", [queries, graph.integers(1)], "positions.column")
         seen = graph.node("LessOrEqual", [keys, column], "mask.seen")
         open_, shut = np.array(0, np.float32), np.array(np.finfo(np.float32).min, np.float32)
-        graph.node("Where", [seen, graph.constant("f32_zero", open_), graph.constant("f32_lowest", shut)], "mask.causal")
+        graph.node(
+            "Where", [seen, graph.constant("f32_zero", open_), graph.constant("f32_lowest", shut)], "mask.causal"
+        )
 
     def attention(self, index: int, value: str) -> str:
         """Attention of one block, from its normed input to the output of o_proj."""
         sizes, prefix, here = self.sizes, f"model.layers.{index}.self_attn", f"block.{index}.attention"
         names = [f"{prefix}.{part}_proj" for part in "qkv"]
-        packed, rows = self.linear(names, value, f"{here}.qkv", sizes.hidden)
+        products, rows = self.linear(names, value, f"{here}.qkv", sizes.hidden)
         kv_heads = rows[1] // sizes.head_dim
         heads = kv_heads * sizes.group
         self.kv_heads.append(kv_heads)
-        if self.fused and not sizes.qk_norm:
-            query, key, val = packed, "", ""
+        if len(products) == 1 and self.fused and not sizes.qk_norm:
+            query, key, val = products[0], "", ""
         else:
-            query, key, val = self.split(packed, rows, f"{here}.split")
+            query, key, val = self.split(products, rows, f"{here}.split")
         if sizes.qk_norm:
             query = self.head_norm(query, heads, f"{prefix}.q_norm.weight", f"{here}.q_norm")
             key = self.head_norm(key, kv_heads, f"{prefix}.k_norm.weight", f"{here}.k_norm")
         attend = self._fused_attention if self.fused else self._written_attention
         mixed = attend(index, (query, key, val), heads, kv_heads, here)
-        return self.linear([f"{prefix}.o_proj"], mixed, f"{here}.output", heads * sizes.head_dim)[0]
+        return self.linear([f"{prefix}.o_proj"], mixed, f"{here}.output", heads * sizes.head_dim)[0][0]
 
     def _fused_attention(self, index: int, qkv: tuple[str, str, str], heads: int, kv_heads: int, here: str) -> str:
         past = [f"past_key_values.{index}.{part}" for part in ("key", "value")]
         inputs = [*qkv, *past, "length.last32", "length.total32", "rotary.cos", "rotary.sin"]
         outputs = [f"{here}.mixed", f"present.{index}.key", f"present.{index}.value"]
         self.graph.nodes.append(
-            helper.make_node("GroupQueryAttention", inputs, outputs, name=here, domain=MICROSOFT, num_heads=heads,
-                             kv_num_heads=kv_heads, do_rotary=1, rotary_interleaved=0, local_window_size=-1,
-                             scale=1 / math.sqrt(self.sizes.head_dim))
+            helper.make_node(
+                "GroupQueryAttention",
+                inputs,
+                outputs,
+                name=here,
+                domain=MICROSOFT,
+                num_heads=heads,
+                kv_num_heads=kv_heads,
+                do_rotary=1,
+                rotary_interleaved=0,
+                local_window_size=-1,
+                scale=1 / math.sqrt(self.sizes.head_dim),
+            )
         )
         return outputs[0]
 
     def _heads_first(self, value: str, heads: int, result: str) -> str:
-        split = self.graph.node("Reshape", [value, self.graph.integers(0, 0, heads, self.sizes.head_dim)], f"{result}.4d")
+        split = self.graph.node(
+            "Reshape", [value, self.graph.integers(0, 0, heads, self.sizes.head_dim)], f"{result}.4d"
+        )
         return self.graph.node("Transpose", [split], result, perm=[0, 2, 1, 3])
 
     def _rotated(self, value: str, result: str) -> str:
@@ -283,14 +330,16 @@ class Emitter:
         apart = graph.node("Reshape", [scores, target], f"{here}.scores.heads")
         masked = graph.node("Add", [apart, "mask.causal"], f"{here}.scores.masked")
         shares = graph.node("Softmax", [masked], f"{here}.shares", axis=-1)
-        together = graph.node("Reshape", [shares, graph.node("Shape", [scores], f"{here}.scores.shape")], f"{here}.shares.grouped")
+        together = graph.node(
+            "Reshape", [shares, graph.node("Shape", [scores], f"{here}.scores.shape")], f"{here}.shares.grouped"
+        )
         mixed = graph.node("MatMul", [together, values], f"{here}.mixed.grouped")
         split = graph.node("Reshape", [mixed, graph.integers(0, heads, -1, size)], f"{here}.mixed.heads")
         back = graph.node("Transpose", [split], f"{here}.mixed.4d", perm=[0, 2, 1, 3])
         return graph.node("Reshape", [back, graph.integers(0, 0, heads * size)], f"{here}.mixed")
 
     def _dynamic_shape(self, here: str, kv_heads: int, group: int) -> str:
-        """[batch, kv_heads, group, new, total] as a vector; batch is copied, new and total are taken from the inputs."""
+        """[batch, kv_heads, group, new, total] as a vector; batch is copied, new and total come from the inputs."""
         graph = self.graph
         total = graph.node("Unsqueeze", ["length.total", graph.integers(0)], f"{here}.total")
         return graph.node("Concat", [graph.integers(0, kv_heads, group), "length.new", total], f"{here}.shape", axis=0)
@@ -299,12 +348,12 @@ class Emitter:
         """The gated feed-forward of one block: down(silu(gate x) * up x)."""
         graph, prefix, here = self.graph, f"model.layers.{index}.mlp", f"block.{index}.mlp"
         names = [f"{prefix}.gate_proj", f"{prefix}.up_proj"]
-        packed, rows = self.linear(names, value, f"{here}.gate_up", self.sizes.hidden)
-        gate, up = self.split(packed, rows, f"{here}.gate")
+        products, rows = self.linear(names, value, f"{here}.gate_up", self.sizes.hidden)
+        gate, up = self.split(products, rows, f"{here}.gate")
         share = graph.node("Sigmoid", [gate], f"{here}.sigmoid")
         active = graph.node("Mul", [gate, share], f"{here}.silu")
         gated = graph.node("Mul", [active, up], f"{here}.gated")
-        return self.linear([f"{prefix}.down_proj"], gated, f"{here}.output", rows[0])[0]
+        return self.linear([f"{prefix}.down_proj"], gated, f"{here}.output", rows[0])[0][0]
 
     def model(self) -> onnx.ModelProto:
         """The whole graph."""
@@ -325,8 +374,10 @@ class Emitter:
 
     def _finish(self) -> onnx.ModelProto:
         sizes, info = self.sizes, helper.make_tensor_value_info
-        inputs = [info("input_ids", TensorProto.INT64, ["batch", "new"]),
-                  info("attention_mask", TensorProto.INT64, ["batch", "total"])]
+        inputs = [
+            info("input_ids", TensorProto.INT64, ["batch", "new"]),
+            info("attention_mask", TensorProto.INT64, ["batch", "total"]),
+        ]
         outputs = [info("logits", TensorProto.FLOAT, ["batch", "new", sizes.vocabulary])]
         for index, kv_heads in enumerate(self.kv_heads):
             for part in ("key", "value"):

@@ -257,4 +257,6 @@ def _check_keys(table: dict[str, Any], where: str, required: tuple[str, ...], op
         raise BadInput(f"{where}: lacks {', '.join(missing)}; docs/devices.md describes the format")
     unknown = [key for key in table if key not in required and key not in optional]
     if unknown:
-        raise BadInput(f"{where}: has unknown key {', '.join(map(repr, unknown))}; docs/devices.md describes the format")
+        raise BadInput(
+            f"{where}: has unknown key {', '.join(map(repr, unknown))}; docs/devices.md describes the format"
+        )

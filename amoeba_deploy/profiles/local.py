@@ -54,9 +54,18 @@ def shapes_named(checkpoint: Checkpoint, text: str) -> list[Shape]:
 
 
 def profile_to(
-    checkpoint: Checkpoint, flows: Sequence[str], precisions: Sequence[str], shapes: str, workload: Workload,
-    context: int | None, *, repeats: int = REPEATS, budget: float = BUDGET_SECONDS, output: Path | None = None,
-    force: bool = False, progress: Progress,
+    checkpoint: Checkpoint,
+    flows: Sequence[str],
+    precisions: Sequence[str],
+    shapes: str,
+    workload: Workload,
+    context: int | None,
+    *,
+    repeats: int = REPEATS,
+    budget: float = BUDGET_SECONDS,
+    output: Path | None = None,
+    force: bool = False,
+    progress: Progress,
 ) -> tuple[Table, Path]:
     """Measure, and write a table file: ``output``, or this machine's table in the cache with the new rows added."""
     if output is not None and output.exists() and not force:
@@ -64,9 +73,7 @@ def profile_to(
     pairs = ready_combinations(flows, precisions)
     positions = workload.context_for(checkpoint.architecture.context, context)
     wanted = shapes_named(checkpoint, shapes)
-    table = profile(
-        checkpoint, pairs, wanted, workload, positions, repeats=repeats, budget=budget, progress=progress
-    )
+    table = profile(checkpoint, pairs, wanted, workload, positions, repeats=repeats, budget=budget, progress=progress)
     if output is not None:
         write_table(output, table, force)
         return table, output

@@ -60,8 +60,12 @@ def timing(runs: Sequence[tuple[float, list[float]]]) -> Timing:
 
 
 def measure(
-    engines: Sequence[Engine], vocabulary: int, workload: Workload, repeats: int,
-    deadline: float | None = None, step: Callable[[], None] | None = None,
+    engines: Sequence[Engine],
+    vocabulary: int,
+    workload: Workload,
+    repeats: int,
+    deadline: float | None = None,
+    step: Callable[[], None] | None = None,
 ) -> list[Timing]:
     """Measure engines interleaved, after one warm-up of each.
 
@@ -89,8 +93,16 @@ def measure(
 def peak_memory(flow: str, precision: str, artefact: Path, vocabulary: int, workload: Workload) -> int:
     """Peak resident bytes of a fresh process that opens an artefact and runs the workload once."""
     command = [
-        sys.executable, "-m", "amoeba_deploy.profiles.measure", flow, precision, str(artefact), str(vocabulary),
-        str(workload.batch), str(workload.prompt), str(workload.tokens),
+        sys.executable,
+        "-m",
+        "amoeba_deploy.profiles.measure",
+        flow,
+        precision,
+        str(artefact),
+        str(vocabulary),
+        str(workload.batch),
+        str(workload.prompt),
+        str(workload.tokens),
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:

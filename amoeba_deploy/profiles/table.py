@@ -55,14 +55,32 @@ class Row:
 
 
 def make_row(
-    flow: str, precision: str, shape: Shape, workload: Workload,
-    times: tuple[float, float, float, float, int], sizes: tuple[int, int],
+    flow: str,
+    precision: str,
+    shape: Shape,
+    workload: Workload,
+    times: tuple[float, float, float, float, int],
+    sizes: tuple[int, int],
 ) -> Row:
     """A row from (ttft, tpot, p10, p90, repeats) and (peak memory, artefact bytes)."""
     *milliseconds, repeats = times
     ttft, tpot, low, high = (round(value, 4) for value in milliseconds)
-    return Row(flow, precision, shape.depth, width_to_json(shape.width), shape.policy, workload.batch, workload.prompt,
-               workload.tokens, ttft, tpot, low, high, repeats, *sizes)
+    return Row(
+        flow,
+        precision,
+        shape.depth,
+        width_to_json(shape.width),
+        shape.policy,
+        workload.batch,
+        workload.prompt,
+        workload.tokens,
+        ttft,
+        tpot,
+        low,
+        high,
+        repeats,
+        *sizes,
+    )
 
 
 @dataclass(frozen=True)
@@ -102,10 +120,14 @@ class Table:
         if not rows:
             raise LatencyUnknown(
                 f"the table of '{self.device}' has nothing measured for {flow} in {precision} at --batch "
-                f"{workload.batch} --prompt {workload.prompt} --tokens {workload.tokens}; measure it with 'amoeba profile'"
+                f"{workload.batch} --prompt {workload.prompt} --tokens {workload.tokens}; run 'amoeba profile'"
             )
         measured = {sizes_of(row.shape): row for row in rows}
-        columns: dict[str, dict[int, list[tuple[float, float]]]] = {"ttft_ms": {}, "tpot_ms": {}, "peak_memory_bytes": {}}
+        columns: dict[str, dict[int, list[tuple[float, float]]]] = {
+            "ttft_ms": {},
+            "tpot_ms": {},
+            "peak_memory_bytes": {},
+        }
         for sizes, row in sorted(measured.items(), key=lambda item: item[0].block_parameters):
             for name, points in columns.items():
                 points.setdefault(row.depth, []).append((float(sizes.block_parameters), float(getattr(row, name))))

@@ -1,4 +1,4 @@
-"""The workload that latencies are stated for: batch, prompt length, generated tokens, and the context to provide for."""
+"""The workload that latencies are stated for: batch, prompt, generated tokens, and the context to provide for."""
 
 from __future__ import annotations
 

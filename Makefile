@@ -1,0 +1,35 @@
+# `make demo` and `make test` need Python 3.11 or newer with venv, and nothing else installed.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export AMOEBA_CACHE ?= $(CURDIR)/$(VENV)/cache
+
+.PHONY: demo test test-slow lint bench clean
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test,lint]'
+	touch $@
+
+demo: $(VENV)/installed
+	@sh tools/demo.sh $(BIN)
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/installed
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/installed
+	$(BIN)/python -m benchmarks.startup
+	$(BIN)/python -m benchmarks.engines
+	$(BIN)/python -m benchmarks.export
+
+clean:
+	rm -rf $(VENV) build dist

@@ -1,0 +1,143 @@
+"""Models, selections and checkpoints that tests share. All are made here, small and random, from fixed seeds."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from amoeba_deploy.checkpoint import Checkpoint, create_checkpoint, open_checkpoint
+from amoeba_deploy.model_folder import ModelFolder
+from amoeba_deploy.progress import Progress
+from amoeba_deploy.selection import BlockScores, DepthChoice, Selection, write_selection
+
+SHARED = Path(__file__).parent.parent.parent / "shared"
+STORIES = SHARED / "models" / "stories260K"
+QUIET = Progress(quiet=True)
+
+BASE: dict[str, Any] = {
+    "hidden_size": 96,
+    "intermediate_size": 160,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 16,
+    "vocab_size": 128,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": True,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 50000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-grouped-tied": ("llama", {}),
+    "llama-grouped-untied": ("llama", {"tie_word_embeddings": False}),
+    "llama-multihead": ("llama", {"num_key_value_heads": 6}),
+    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-3-rope": ("llama", {"rope_parameters": LLAMA3_ROPE}),
+    "llama-small-heads": ("llama", {"head_dim": 8, "num_attention_heads": 6, "num_key_value_heads": 3}),
+    "mistral": ("mistral", {"sliding_window": None, "tie_word_embeddings": False}),
+    "qwen2": ("qwen2", {}),
+    "qwen2-untied": ("qwen2", {"tie_word_embeddings": False}),
+    "qwen3": ("qwen3", {}),
+    "qwen3-multihead": ("qwen3", {"num_key_value_heads": 6}),
+}
+"""Random models by name: family, and what differs from ``BASE``."""
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test measures for itself and leaves nothing behind."""
+    monkeypatch.setenv("AMOEBA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def save_random_model(folder: Path, family: str, **changes: Any) -> ModelFolder:
+    """A random float32 model of a family; norms and biases are random too, so that none can be forgotten unseen."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **(BASE | changes))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                centre = 1.0 if "norm" in name else 0.0
+                parameter.copy_(centre + 0.2 * torch.randn_like(parameter))
+            else:
+                parameter.copy_(0.15 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return ModelFolder(folder)
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ModelFolder]:
+    """Random models by their name in ``MODELS``, each made once."""
+    root, made = tmp_path_factory.mktemp("models"), {}
+
+    def get(name: str) -> ModelFolder:
+        if name not in made:
+            family, changes = MODELS[name]
+            made[name] = save_random_model(root / name, family, **changes)
+        return made[name]
+
+    return get
+
+
+def random_selection(model: ModelFolder, seed: int = 0) -> Selection:
+    """A selection with random scores that removes blocks from the second one on."""
+    sizes, rng = model.architecture, np.random.default_rng(seed)
+    blocks = tuple(
+        BlockScores(
+            rng.standard_normal(sizes.kv_heads).astype(np.float32),
+            rng.standard_normal(sizes.neurons).astype(np.float32),
+            rng.standard_normal(sizes.heads * sizes.head_dim).astype(np.float32),
+            rng.standard_normal(sizes.neurons).astype(np.float32),
+        )
+        for _ in range(sizes.depth)
+    )
+    order = list(range(1, sizes.depth))
+    depths = {
+        sizes.depth - m: DepthChoice(tuple(i for i in range(sizes.depth) if i not in order[:m]), 1.0 + m)
+        for m in range(sizes.depth - 1)
+    }
+    facts = {"metric": "loss", "seconds": 0.0}
+    return Selection(model.digest, depths, blocks, facts)
+
+
+@pytest.fixture(scope="session")
+def demo() -> Checkpoint:
+    """The checkpoint that ships in the package."""
+    return open_checkpoint()
+
+
+@pytest.fixture
+def checkpoint(models: Callable[[str], ModelFolder], tmp_path: Path) -> Checkpoint:
+    """A checkpoint of a random grouped-query Llama without quality, with its base inside."""
+    model = models("llama-grouped-tied")
+    chosen, folder = tmp_path / "selection", tmp_path / "checkpoint"
+    chosen.mkdir()
+    folder.mkdir()
+    write_selection(chosen, random_selection(model))
+    return create_checkpoint(str(model.path), chosen, folder, name="random", include_base=True)
+
+
+@pytest.fixture
+def stories(tmp_path: Path) -> Path:
+    """A copy of a trained Llama of 260 thousand parameters, where one is at hand beside the project."""
+    if not STORIES.is_dir():
+        pytest.skip("../shared/models/stories260K is not here")
+    return Path(shutil.copytree(STORIES, tmp_path / "stories260K"))

@@ -1,0 +1,207 @@
+"""Every JSON file that the commands write is what its schema in docs/schemas says, and a damaged one is not."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from conftest import QUIET, save_random_model
+from jsonschema import Draft202012Validator, ValidationError
+
+from amoeba_deploy.checkpoint import create_checkpoint
+from amoeba_deploy.cli import main
+from amoeba_deploy.quality import write_quality
+from amoeba_deploy.quality_measurement import measure_quality
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+SCHEMAS = {
+    file.name.removesuffix(".schema.json"): json.loads(file.read_text(encoding="utf-8"))
+    for file in sorted((DOCS / "schemas").glob("*.schema.json"))
+}
+BY_FORMAT = {schema["properties"]["format"]["const"]: name for name, schema in SCHEMAS.items()}
+# Examples of these stand in the documents, as TOML, and have no JSON schema.
+TOML_FORMATS = {"amoeba.device/1"}
+
+SENTENCE = "once upon a time there was a {} fox who lived in the {} wood and ate {} berries . "
+WORDS = ("small", "red", "quiet", "old", "green", "seven", "kind")
+
+
+def amoeba(*arguments: object) -> str:
+    """Run a command and return what it printed on standard output."""
+    done = CliRunner().invoke(main, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+def read(file: Path) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return value
+
+
+def tokenizer_of(text: str) -> Any:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+
+    vocabulary = {word: number for number, word in enumerate(["<s>", "</s>", "<unk>", *sorted(set(text.split()))])}
+    made = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    made.pre_tokenizer = WhitespaceSplit()
+    return made
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """One real file of every format by its schema's name, and more of some as ``name:variant``."""
+    root = tmp_path_factory.mktemp("formats")
+    text = "".join(SENTENCE.format(*(WORDS[(i + j) % 7] for j in range(3))) for i in range(20))
+    (root / "text.txt").write_text(text)
+    tokenizer = tokenizer_of(text)
+    save_random_model(
+        root / "model",
+        "llama",
+        hidden_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        vocab_size=tokenizer.get_vocab_size(),
+    )
+    tokenizer.save(str(root / "model" / "tokenizer.json"))
+    few = ("--samples", 4, "--sequence", 32)
+    amoeba("select", root / "model", "-o", root / "selection", "--calibration", root / "text.txt", *few, "--quiet")
+    (root / "checkpoint").mkdir()
+    made = create_checkpoint(str(root / "model"), root / "selection", root / "checkpoint", name="tiny")
+    write_quality(
+        root / "checkpoint",
+        measure_quality(made, root / "text.txt", None, sequence=32, precisions=["fp32"], progress=QUIET),
+    )
+    checkpoint, table = root / "checkpoint", root / "table.json"
+    plan = amoeba("extract", checkpoint, "--shape", "2x2/3", "--plan-only")
+    amoeba("extract", checkpoint, "--shape", "2x0.75", "-o", root / "subnet")
+    short = ("--prompt", 8, "--tokens", 8)
+    which = ("--flow", "onnx", "--precision", "fp32")
+    amoeba("profile", checkpoint, *which, *short, "--shapes", "3x1", "--repeats", 3, "-o", table, "--quiet")
+    here = ("--device", "local", "--table", table, "--latency", "10s", "--shape", "3x1")
+    amoeba("export", checkpoint, *here, *which, *short, "-o", root / "here", "--quiet")
+    there = ("--device", "orin-nx", "--memory", "8GB", "--flow", "onnx", "--precision", "int4", "--no-verify")
+    amoeba("export", checkpoint, *there, "--context", 96, *short, "-o", root / "there", "--quiet")
+    return {
+        "selection": read(root / "selection" / "selection.json"),
+        "checkpoint": read(checkpoint / "amoeba.json"),
+        "quality": read(checkpoint / "quality.json"),
+        "plan": json.loads(plan),
+        "subnet": read(root / "subnet" / "subnet.json"),
+        "latency-table": read(table),
+        "manifest": read(root / "here" / "manifest.json"),
+        "manifest:estimated": read(root / "there" / "manifest.json"),
+        "measured": read(root / "here" / "measured.json"),
+        "measured:unverified": read(root / "there" / "measured.json"),
+        "selftest": read(root / "here" / "selftest.json"),
+        "subnet:in-a-bundle": read(root / "there" / "engine" / "subnet.json"),
+    }
+
+
+def check(name: str, value: dict[str, Any]) -> None:
+    Draft202012Validator(SCHEMAS[name.partition(":")[0]]).validate(value)
+
+
+def with_row(entry: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda document: document["rows"][0].update({entry: value})
+
+
+DAMAGE: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
+    "a depth that is no number": ("selection", lambda d: d["depth"].update({"all": {"kept": [0], "metric": 1.0}})),
+    "a block kept twice": ("selection", lambda d: d["depth"]["3"].update(kept=[0, 1, 1])),
+    "a short digest": ("selection", lambda d: d.update(base_digest="sha256:12")),
+    "adapters": ("checkpoint", lambda d: d.update(adapters="smol.safetensors")),
+    "no multiple of neurons": ("checkpoint", lambda d: d.update(multiple=0)),
+    "a width above 1": ("checkpoint", lambda d: d["widths"].append(1.5)),
+    "an unknown entry in the head": ("checkpoint", lambda d: d.update(pickle="base.bin")),
+    "no row in fp32": ("quality", lambda d: [row.update(precision="int4") for row in d["rows"]]),
+    "an accuracy in percent": ("quality", with_row("accuracy", 61.0)),
+    "bias compensation": ("quality", with_row("bias", "on")),
+    "a width as a word": ("plan", lambda d: d["shape"].update(width="half")),
+    "a block that keeps no neuron": ("plan", lambda d: d["blocks"][0].update(neurons=[])),
+    "a negative head": ("plan", lambda d: d["blocks"][0].update(heads=[-1, 0])),
+    "a layout that is not known": ("subnet", lambda d: d.update(layout="sparse")),
+    "a row of no time": ("latency-table", with_row("tpot_ms", 0)),
+    "an unknown entry in a row": ("latency-table", with_row("watts", 7)),
+    "a prefixed architecture": ("latency-table", lambda d: d.update(architecture="sha256:" + d["architecture"])),
+    "a file outside the bundle": ("manifest", lambda d: d["files"].update({"../x": {"sha256": "0" * 64, "bytes": 1}})),
+    "its own digest": ("manifest", lambda d: d["files"].update({"manifest.json": {"sha256": "0" * 64, "bytes": 1}})),
+    "a latency from nowhere": ("manifest", lambda d: d["predicted"].update(source="hoped")),
+    "no fingerprint": ("measured", lambda d: d["machine"].pop("fingerprint")),
+    "a verdict in words": ("measured", lambda d: d["verified"].update(greedy_tokens_equal="yes")),
+    "no prompt": ("selftest", lambda d: d.update(prompt=[])),
+    "a negative token": ("selftest", lambda d: d["tokens"].append(-1)),
+}
+
+
+def test_every_format_has_a_schema_that_is_one(documents: dict[str, dict[str, Any]]) -> None:
+    for name, schema in SCHEMAS.items():
+        Draft202012Validator.check_schema(schema)
+        assert name in documents
+
+
+def test_files_are_what_their_schemas_say(documents: dict[str, dict[str, Any]]) -> None:
+    for name, value in documents.items():
+        check(name, value)
+
+
+def test_the_files_cover_measured_and_estimated_verified_and_not(documents: dict[str, dict[str, Any]]) -> None:
+    assert documents["manifest"]["predicted"]["source"] == "measured"
+    assert documents["manifest"]["table"] is not None
+    assert documents["manifest:estimated"]["predicted"]["source"] == "estimated"
+    assert documents["manifest:estimated"]["budget"]["ms"] is None
+    assert documents["measured"]["timing"] is not None
+    assert documents["measured:unverified"]["verified"] is None
+    assert documents["plan"]["shape"]["width"] == "2/3"
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_another_format_version_is_refused(name: str, documents: dict[str, dict[str, Any]]) -> None:
+    form = documents[name]["format"]
+    for other in (form.replace("/1", "/2"), form.replace("amoeba.", "amoeba.other-"), None):
+        with pytest.raises(ValidationError):
+            check(name, documents[name] | {"format": other})
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_every_entry_is_needed(name: str, documents: dict[str, dict[str, Any]]) -> None:
+    for entry in SCHEMAS[name]["required"]:
+        with pytest.raises(ValidationError, match=f"'{entry}' is a required property"):
+            check(name, {key: value for key, value in documents[name].items() if key != entry})
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_files_are_refused(damage: str, documents: dict[str, dict[str, Any]]) -> None:
+    name, change = DAMAGE[damage]
+    value = copy.deepcopy(documents[name])
+    change(value)
+    with pytest.raises(ValidationError):
+        check(name, value)
+
+
+def test_the_document_names_every_format_of_the_package() -> None:
+    files = [*(ROOT / "amoeba_deploy").rglob("*.py"), *(ROOT / "amoeba_deploy").rglob("devices/*.toml")]
+    used = {form for file in files for form in re.findall(r"amoeba\.[a-z-]+/1\b", file.read_text(encoding="utf-8"))}
+    text = (DOCS / "formats.md").read_text(encoding="utf-8")
+    assert used == set(BY_FORMAT) | TOML_FORMATS
+    assert {form for form in used if form not in text} == set()
+
+
+def test_examples_in_the_document_are_what_the_schemas_say() -> None:
+    text = (DOCS / "formats.md").read_text(encoding="utf-8")
+    examples = [json.loads(block) for block in re.findall(r"```json\n(.*?)```", text, re.DOTALL)]
+    shown = {BY_FORMAT[example["format"]] for example in examples}
+    assert shown == set(SCHEMAS)
+    for example in examples:
+        check(BY_FORMAT[example["format"]], example)
