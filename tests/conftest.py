@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner, Result
 
 from amoeba_deploy.checkpoint import Checkpoint, create_checkpoint, open_checkpoint
+from amoeba_deploy.cli import main
 from amoeba_deploy.model_folder import ModelFolder
 from amoeba_deploy.progress import Progress
 from amoeba_deploy.selection import BlockScores, DepthChoice, Selection, write_selection
@@ -141,3 +143,8 @@ def stories(tmp_path: Path) -> Path:
     if not STORIES.is_dir():
         pytest.skip("../shared/models/stories260K is not here")
     return Path(shutil.copytree(STORIES, tmp_path / "stories260K"))
+
+
+def amoeba(*arguments: object) -> Result:
+    """Run the command line in this process; the result has exit code, standard output and standard error."""
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])

@@ -167,8 +167,10 @@ def test_defaults_that_configs_leave_out_are_those_of_transformers() -> None:
 
 
 def test_a_mistral_config_without_a_window_entry_has_the_class_default_of_4096() -> None:
-    said = {"model_type": "mistral", "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2,
-            "num_key_value_heads": 2, "intermediate_size": 128, "vocab_size": 100, "max_position_embeddings": 32768}  # fmt: skip
+    said = {
+        "model_type": "mistral", "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2,
+        "num_key_value_heads": 2, "intermediate_size": 128, "vocab_size": 100, "max_position_embeddings": 32768,
+    }  # fmt: skip
     assert read_architecture(said).sliding_window == 4096
     assert read_architecture(said | {"sliding_window": None}).sliding_window is None
     assert read_architecture(said | {"max_position_embeddings": 2048}).sliding_window is None

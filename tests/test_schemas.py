@@ -26,7 +26,7 @@ SCHEMAS = {
     for file in sorted((DOCS / "schemas").glob("*.schema.json"))
 }
 BY_FORMAT = {schema["properties"]["format"]["const"]: name for name, schema in SCHEMAS.items()}
-# Examples of these stand in the documents, as TOML, and have no JSON schema.
+# Not JSON, so without a JSON Schema; docs/devices.md describes it.
 TOML_FORMATS = {"amoeba.device/1"}
 
 SENTENCE = "once upon a time there was a {} fox who lived in the {} wood and ate {} berries . "

@@ -24,6 +24,11 @@ from amoeba_deploy.errors import AmoebaError
 from amoeba_deploy.profiles.workload import Workload
 
 
+SETTLE_SECONDS = 0.05
+"""Pause before each run: threads of the engine that ran before keep spinning for some milliseconds after their work,
+which doubled the time to first token of the next engine."""
+
+
 @dataclass(frozen=True)
 class Timing:
     """Medians over repeats in milliseconds, the spread of TPOT over all tokens, and the number of repeats."""
@@ -39,6 +44,7 @@ def run_once(engine: Engine, vocabulary: int, workload: Workload) -> tuple[float
     """Seconds of the prefill, and of each following token."""
     ids = np.random.default_rng(0).integers(0, vocabulary, (workload.batch, workload.prompt + workload.tokens))
     engine.reset()
+    time.sleep(SETTLE_SECONDS)
     began = time.perf_counter()
     engine.feed(ids[:, : workload.prompt])
     first = time.perf_counter() - began
@@ -111,15 +117,27 @@ def peak_memory(flow: str, precision: str, artefact: Path, vocabulary: int, work
     return int(done.stdout.split()[-1])
 
 
-def main(arguments: list[str]) -> None:
-    """Run one engine once and print the peak of this process's resident memory in bytes."""
+def own_peak() -> int:
+    """Peak resident bytes of this process.
+
+    Linux keeps it for each address space (VmHWM). ``ru_maxrss`` would not do there: it survives ``exec``, so a child
+    never reports less than its parent had.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
     import resource
 
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def main(arguments: list[str]) -> None:
+    """Run one engine once and print the peak of this process's resident memory in bytes."""
     flow, precision, artefact, vocabulary, batch, prompt, tokens = arguments
     engine = load_backend(flow).open(Path(artefact), precision)
     run_once(engine, int(vocabulary), Workload(int(batch), int(prompt), int(tokens)))
-    unit = 1 if sys.platform == "darwin" else 1024
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+    print(own_peak())
 
 
 if __name__ == "__main__":
