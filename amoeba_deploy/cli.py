@@ -439,7 +439,7 @@ def search(checkpoint: Path | None, config: Path | None, top: int, as_json: bool
 
     space = Space.of_config(config) if config else Space.of_checkpoint(open_named(checkpoint))
     answer = Request.of(space, asked, Progress(quiet)).answer()
-    emit(answer.to_json(), as_json, lambda: console.print_answer(answer, top))
+    emit(answer.to_json(), as_json, lambda: console.print_search(answer, top))
 
 
 @main.command()

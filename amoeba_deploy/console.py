@@ -213,11 +213,11 @@ def _candidate_row(candidate: Candidate) -> list[str]:
 
 
 def print_answer(answer: Answer, top: int = 5) -> None:
-    """The choice, what bound it, the best few shapes and the Pareto front."""
+    """The choice, what bound it, and the best few shapes."""
     for remark in answer.remarks:
         click.echo(f"note: {remark}", err=True)
     result, request = answer.result, answer.request
-    best, budget = result.best, request.budget
+    best = result.best
     full = request.space.architecture
     prediction = best.prediction
     click.echo(
@@ -234,12 +234,28 @@ def print_answer(answer: Answer, top: int = 5) -> None:
         click.echo("  no quality is known here: shapes are ranked by the parameters they keep")
     _print_binding(answer)
     if request.plan is None:
-        head = ["shape", "TPOT ms", "TTFT ms", "latency", "memory", metric.split()[-1], "quality"]
         click.echo(f"\nbest {min(top, len(result.ranked))} within the budget")
-        columns([_candidate_row(candidate) for candidate in result.ranked[:top]], head)
-        shown = result.front if len(result.front) <= 12 else result.front[:: -(-len(result.front) // 12)]
-        click.echo(f"\nPareto front in {budget.metric.upper()} and {metric} ({len(shown)} of {len(result.front)})")
-        columns([_candidate_row(candidate) for candidate in shown], head)
+        columns([_candidate_row(candidate) for candidate in result.ranked[:top]], _candidate_head(metric))
+
+
+def _candidate_head(metric: str) -> list[str]:
+    return ["shape", "TPOT ms", "TTFT ms", "latency", "memory", metric.split()[-1], "quality"]
+
+
+def print_front(answer: Answer, most: int = 12) -> None:
+    """The Pareto front, thinned evenly to ``most`` shapes with both ends kept."""
+    front, budget = answer.result.front, answer.request.budget
+    steps = max(min(most, len(front)) - 1, 1)
+    shown = [front[round(i * (len(front) - 1) / steps)] for i in range(min(most, len(front)))]
+    metric = "loss" if answer.best.quality.metric == "loss" else "block parameters kept"
+    click.echo(f"\nPareto front in {budget.metric.upper()} and {metric} ({len(shown)} of {len(front)})")
+    columns([_candidate_row(candidate) for candidate in shown], _candidate_head(metric))
+
+
+def print_search(answer: Answer, top: int) -> None:
+    """The choice, the best few, and the front."""
+    print_answer(answer, top)
+    print_front(answer)
 
 
 def _print_binding(answer: Answer) -> None:

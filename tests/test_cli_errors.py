@@ -579,9 +579,10 @@ def demo_export(output: Path) -> tuple[object, ...]:
     return ("export", *SEARCH, "--flow", "onnx", "--precision", "fp32", "--quiet", "-o", output)
 
 
-def test_an_interrupted_export_leaves_nothing(outputs: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("written", ["model.safetensors", "genai_config.json"])
+def test_an_interrupted_export_leaves_nothing(outputs: Path, tmp_path: Path, written: str) -> None:
     started = Started(tmp_path, *demo_export(outputs / "bundle"))
-    started.wait_for(outputs, ".bundle.*.part/engine/model.safetensors")
+    started.wait_for(outputs, f".bundle.*.part/engine/{written}")
     started.process.send_signal(signal.SIGINT)
     status, out, err = started.finish()
     assert (status, out) == (1, "")

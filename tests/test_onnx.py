@@ -98,9 +98,7 @@ def test_an_fp32_engine_copies_no_weights(models: Callable[[str], ModelFolder], 
     assert all(file.stat().st_mtime_ns == time for file, time in before.items())
 
 
-def test_weights_of_another_dtype_cannot_be_used_in_place(
-    models: Callable[[str], ModelFolder], tmp_path: Path
-) -> None:
+def test_weights_of_another_dtype_cannot_be_used_in_place(models: Callable[[str], ModelFolder], tmp_path: Path) -> None:
     model = models("mistral")
     extract(model, random_selection(model).plan(model.architecture, Shape.parse("2x1")), tmp_path, dtype="bfloat16")
     with pytest.raises(BadInput, match="not float32"):

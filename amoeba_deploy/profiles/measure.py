@@ -23,7 +23,6 @@ from amoeba_deploy.backends.backend import Engine
 from amoeba_deploy.errors import AmoebaError
 from amoeba_deploy.profiles.workload import Workload
 
-
 SETTLE_SECONDS = 0.05
 """Pause before each run: threads of the engine that ran before keep spinning for some milliseconds after their work,
 which doubled the time to first token of the next engine."""
