@@ -42,8 +42,11 @@ class Commands(click.Group):
         except KeyboardInterrupt:
             click.echo("amoeba: interrupted; nothing was left under the output's name", err=True)
             ctx.exit(1)
-        except click.ClickException:
-            raise
+        except click.UsageError as error:
+            if not error.message:  # no arguments at all: click shows the help
+                raise
+            click.echo(f"amoeba: {error.format_message()}", err=True)
+            ctx.exit(error.exit_code)
         except Exception as error:
             if ctx.params.get("debug"):
                 traceback.print_exc()
