@@ -42,9 +42,9 @@ class Commands(click.Group):
         except KeyboardInterrupt:
             click.echo("amoeba: interrupted; nothing was left under the output's name", err=True)
             ctx.exit(1)
+        except (click.exceptions.Exit, click.exceptions.NoArgsIsHelpError, BrokenPipeError):
+            raise
         except click.UsageError as error:
-            if not error.message:  # no arguments at all: click shows the help
-                raise
             click.echo(f"amoeba: {error.format_message()}", err=True)
             ctx.exit(error.exit_code)
         except Exception as error:
@@ -53,6 +53,15 @@ class Commands(click.Group):
             kind = type(error).__name__
             click.echo(f"amoeba: unexpected {kind}: {error}; run 'amoeba --debug ...' to see where", err=True)
             ctx.exit(1)
+
+    def make_context(self, info_name: Any, args: Any, parent: Any = None, **extra: Any) -> click.Context:
+        try:
+            return super().make_context(info_name, args, parent, **extra)
+        except click.exceptions.NoArgsIsHelpError:
+            raise
+        except click.UsageError as error:
+            click.echo(f"amoeba: {error.format_message()}", err=True)
+            raise click.exceptions.Exit(error.exit_code) from None
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         try:
