@@ -108,8 +108,12 @@ def open_checkpoint(path: Path | None = None) -> Checkpoint:
         base, digest = str(head["base"]["path"]), str(head["base"]["digest"])
         multiple, widths = int(head["multiple"]), tuple(parse_width(str(w)) for w in head["widths"])
         name = str(head["name"])
-    except (KeyError, TypeError, ValueError):
-        raise BadInput(f"{folder / 'amoeba.json'}: lacks base, multiple, widths or name; create it again") from None
+        if multiple < 1 or not widths:
+            raise ValueError
+    except (KeyError, TypeError, ValueError, BadInput):
+        raise BadInput(
+            f"{folder / 'amoeba.json'}: base, multiple, widths or name is missing or wrong; create it again"
+        ) from None
     if head.get("adapters") is not None:
         raise BadInput(f"{folder}: holds tuned adapters, which this version cannot merge; use a newer version")
     model = ModelFolder(folder / base if not Path(base).is_absolute() else Path(base))

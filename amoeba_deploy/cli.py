@@ -158,7 +158,7 @@ def select(
     from amoeba_deploy.selection import write_selection
     from amoeba_deploy.stage1 import select as run_selection
 
-    with whole_folder(output, force) as folder:
+    with whole_folder(output, force, (Path(model), calibration)) as folder:
         opened = ModelFolder(resolve_model(model))
         opened.check_shapes()
         selection = run_selection(
@@ -221,7 +221,7 @@ def checkpoint_create(
 
     if quality_tasks and not quality_text:
         raise BadInput("--quality-tasks needs --quality-text too: shapes are ranked by their loss on a text")
-    with whole_folder(output, force) as folder:
+    with whole_folder(output, force, (Path(model), selection, *filter(None, (quality_text, quality_tasks)))) as folder:
         made = create_checkpoint(model, selection, folder, name=name, include_base=include_base)
         if quality_text:
             write_quality(folder, measure_quality(made, quality_text, quality_tasks, progress=Progress(quiet)))
@@ -301,7 +301,7 @@ def extract(
         return
     if output is None:
         raise BadInput("extract needs -o DIR to write to, or --plan-only")
-    with whole_folder(output, force) as folder:
+    with whole_folder(output, force, (opened.path, opened.model.path)) as folder:
         done = run_extraction(
             opened.model, plan, folder, dtype=DTYPES[dtype] if dtype else None, origin=opened.origin()
         )

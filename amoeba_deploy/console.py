@@ -215,7 +215,7 @@ def _candidate_row(candidate: Candidate) -> list[str]:
 def print_answer(answer: Answer, top: int = 5) -> None:
     """The choice, what bound it, and the best few shapes."""
     for remark in answer.remarks:
-        click.echo(f"note: {remark}", err=True)
+        answer.request.progress.say(f"note: {remark}")
     result, request = answer.result, answer.request
     best = result.best
     full = request.space.architecture

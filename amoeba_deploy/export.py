@@ -83,7 +83,8 @@ def export(
         VerificationFailed: the engine does not compute what the subnet does.
     """
     backend = load_backend(order.flow)
-    with whole_folder(output, force) as folder, tempfile.TemporaryDirectory(prefix="amoeba-dense-") as work:
+    inputs = (checkpoint.path, checkpoint.model.path)
+    with whole_folder(output, force, inputs) as folder, tempfile.TemporaryDirectory(prefix="amoeba-dense-") as work:
         engine = folder / ENGINE
         engine.mkdir()
         progress.say(f"building {order.flow} {order.precision} of {order.plan.shape}")

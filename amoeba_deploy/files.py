@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ def read_json(path: Path, form: str) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"{path}: is not valid JSON ({error})") from None
     found = value.get("format") if isinstance(value, dict) else None
     if not isinstance(value, dict) or found != form:
@@ -49,18 +49,29 @@ def read_json(path: Path, form: str) -> dict[str, Any]:
     return value
 
 
+def _check_replaceable(target: Path, force: bool, inputs: Sequence[Path]) -> None:
+    if not force:
+        raise BadInput(f"{target}: exists already; choose another output or add --force to replace it")
+    if not target.is_dir():
+        raise BadInput(f"{target}: is a file, and a folder belongs there; choose another output")
+    real = target.resolve()
+    for needed in (Path.cwd(), *(path.resolve() for path in inputs)):
+        if needed == real or real in needed.parents:
+            raise BadInput(f"{target}: holds {needed}, which this command needs; choose another output")
+
+
 @contextmanager
-def whole_folder(target: Path, force: bool = False) -> Iterator[Path]:
+def whole_folder(target: Path, force: bool = False, inputs: Sequence[Path] = ()) -> Iterator[Path]:
     """A temporary folder beside ``target`` that takes its name when the block ends well, and vanishes otherwise.
 
+    ``force`` replaces an existing folder, unless it is or holds one of ``inputs`` or the working folder.
+
     Raises:
-        BadInput: the target exists and ``force`` is not set, or the disk refuses.
+        BadInput: the target exists and may not be replaced, or the disk refuses.
     """
     target = target.absolute()
-    if target.exists() and not force:
-        raise BadInput(f"{target}: exists already; choose another output or add --force to replace it")
-    if target.exists() and not target.is_dir():
-        raise BadInput(f"{target}: is a file, and a folder belongs there; choose another output")
+    if target.exists():
+        _check_replaceable(target, force, inputs)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
@@ -82,8 +93,13 @@ def _replace(work: Path, target: Path) -> None:
         return
     old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
     target.rename(old / target.name)
-    work.rename(target)
-    shutil.rmtree(old)
+    try:
+        work.rename(target)
+    except OSError:
+        (old / target.name).rename(target)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager

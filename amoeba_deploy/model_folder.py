@@ -42,7 +42,7 @@ def read_json_object(file: Path) -> dict[str, Any]:
         value = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise BadInput(f"{file}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"{file}: is not valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise BadInput(f"{file}: is not a JSON object")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -137,8 +138,10 @@ def read_quality(folder: Path, architecture: Architecture, multiple: int) -> Qua
             for row in value["rows"]
         )
         text = dict(value["text"])
-    except (KeyError, TypeError, ValueError):
-        raise BadInput(f"{file}: a row lacks one of its entries; measure quality again") from None
+        if not all(math.isfinite(row.loss) and math.isfinite(row.loss_error) for row in rows):
+            raise ValueError
+    except (KeyError, TypeError, ValueError, BadInput):
+        raise BadInput(f"{file}: a row lacks an entry or holds a value that cannot be; measure quality again") from None
     if not any(row.precision == REFERENCE_PRECISION for row in rows):
         raise BadInput(f"{file}: has no row in {REFERENCE_PRECISION}; measure quality again")
     return Quality(architecture, multiple, text, rows)

@@ -106,6 +106,10 @@ class Request:
             file = local_table_file(space.checkpoint) if space.checkpoint else None
         else:
             table = read_table(file) if file else None
+        if table is not None and table.device not in (device.name, LOCAL):
+            raise BadInput(
+                f"{file}: was measured on '{table.device}', not on '{device.name}'; give that device's table"
+            )
         visible = int(device.memory_visible.base)
         memory = min(visible, int(asked["memory"])) if asked["memory"] else visible
         budget = Budget(asked["metric"], asked["latency"], memory)

@@ -118,20 +118,35 @@ def candidates(
     return found
 
 
+def _factors(candidate: Candidate, budget: Budget, tokens: int) -> dict[str, float]:
+    factors = {}
+    if budget.ms is not None:
+        factors["latency"] = candidate.prediction.value(budget.metric, tokens) / budget.ms
+    if budget.memory_bytes is not None:
+        factors["memory"] = candidate.prediction.memory_bytes / budget.memory_bytes
+    return factors
+
+
+def exceeded(candidate: Candidate, budget: Budget, tokens: int) -> list[str]:
+    """Everything of a budget that a candidate exceeds."""
+    return [bound for bound, factor in _factors(candidate, budget, tokens).items() if factor > 1]
+
+
 def excess(candidate: Candidate, budget: Budget, tokens: int) -> tuple[float, str]:
     """By what factor a candidate exceeds its budget at worst (at most 1 where it fits), and what bounds it."""
-    factors = [(0.0, "nothing")]
-    if budget.ms is not None:
-        factors.append((candidate.prediction.value(budget.metric, tokens) / budget.ms, "latency"))
-    if budget.memory_bytes is not None:
-        factors.append((candidate.prediction.memory_bytes / budget.memory_bytes, "memory"))
-    return max(factors)
+    factors = _factors(candidate, budget, tokens)
+    return max(((factor, bound) for bound, factor in factors.items()), default=(0.0, "nothing"))
 
 
 def pareto_front(found: Iterable[Candidate], metric: Metric, tokens: int) -> list[Candidate]:
     """The candidates that no other is at least as good as in metric and quality and better in one, sorted by metric."""
     front: list[Candidate] = []
-    for candidate in sorted(found, key=lambda c: (c.prediction.value(metric, tokens), c.badness, c.weight_bytes)):
+
+    def order(candidate: Candidate) -> tuple[float, float, float, int]:
+        value = candidate.prediction.value(metric, tokens)
+        return value, candidate.badness, candidate.weight_bytes, -candidate.shape.depth
+
+    for candidate in sorted(found, key=order):
         if not front or candidate.badness < front[-1].badness:
             front.append(candidate)
     return front
@@ -154,8 +169,8 @@ def search(found: Sequence[Candidate], budget: Budget, workload: Workload) -> Se
         closest = min(found, key=lambda c: (excess(c, budget, tokens)[0], order(c)))
         raise NoShapeFits(_closest(closest, budget, tokens))
     best = fitting[0]
-    better = [excess(c, budget, tokens)[1] for c in found if order(c)[0] < best.badness]
-    binding = " and ".join(sorted(set(better))) or None
+    better = {bound for c in found if c.badness < best.badness for bound in exceeded(c, budget, tokens)}
+    binding = " and ".join(sorted(better)) or None
     storable = [c for c in found if budget.memory_bytes is None or c.prediction.memory_bytes <= budget.memory_bytes]
     return SearchResult(best, tuple(fitting), tuple(pareto_front(storable, budget.metric, tokens)), len(found), binding)
 

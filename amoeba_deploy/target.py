@@ -87,9 +87,10 @@ def resolve_target(
 
 def ranked_pairs(target: Target, quality: Quality | None) -> tuple[tuple[tuple[str, str], ...], list[str]]:
     """The pairs whose qualities can be ranked against each other, and a remark for each that was left out."""
-    if quality is None or len(target.pairs) == 1:
+    if len({precision for _, precision in target.pairs}) == 1:
         return target.pairs, []
-    known = tuple(pair for pair in target.pairs if pair[1] in quality.precisions)
+    measured = quality.precisions if quality is not None else ()
+    known = tuple(pair for pair in target.pairs if pair[1] in measured)
     left = [p for p in target.pairs if p not in known]
     if not known:
         raise BadInput("none of these precisions has a measured quality, so they cannot be ranked; name a single one")

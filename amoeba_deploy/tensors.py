@@ -87,7 +87,7 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         items = list(header.items())
     except OSError as error:
         raise BadInput(f"{file}: cannot be read ({error.strerror})") from None
-    except (ValueError, AttributeError):
+    except (ValueError, TypeError, AttributeError, RecursionError):
         raise BadInput(f"{file}: its header is not the JSON object of a safetensors file; get the file again") from None
     return {name: _entry(file, name, entry, 8 + length, size) for name, entry in items}, metadata
 
@@ -142,7 +142,7 @@ class TensorFolder:
             return [single]
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError):
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
             raise BadInput(f"{index}: is not a safetensors index; get the folder again") from None
         if any(not isinstance(name, str) or Path(name).name != name for name in names):
             raise BadInput(f"{index}: names a shard outside its own folder; get the folder again")

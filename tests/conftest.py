@@ -148,11 +148,3 @@ def stories(tmp_path: Path) -> Path:
 def amoeba(*arguments: object) -> Result:
     """Run the command line in this process; the result has exit code, standard output and standard error."""
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Behaviour specified but not built yet stands in known_gaps.txt and is reported as an expected failure."""
-    gaps = set((Path(__file__).parent / "known_gaps.txt").read_text().splitlines())
-    for item in items:
-        if item.nodeid in gaps:
-            item.add_marker(pytest.mark.xfail(reason="known gap: specified, not built yet", strict=False))

@@ -676,3 +676,24 @@ def test_debug_shows_the_traceback_of_an_unexpected_failure(monkeypatch: pytest.
 
     monkeypatch.setattr("amoeba_deploy.profiles.device.device_names", broken)
     assert "in broken" in amoeba("--debug", "devices").stderr
+
+
+@pytest.mark.parametrize("inside", ["", "base"])
+def test_force_never_replaces_a_folder_that_the_command_reads(checkpoint: Checkpoint, inside: str) -> None:
+    output = checkpoint.path / inside
+    before = {file: file.read_bytes() for file in checkpoint.path.rglob("*") if file.is_file()}
+    result = amoeba("extract", checkpoint.path, "--shape", "2x0.67", "-o", output, "--force")
+    assert "which this command needs" in sentence(result, 2)
+    assert {file: file.read_bytes() for file in checkpoint.path.rglob("*") if file.is_file()} == before
+
+
+def test_force_never_replaces_the_working_folder(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    (home / "work").mkdir(parents=True)
+    monkeypatch.chdir(home / "work")
+    for output in (".", ".."):
+        result = amoeba("extract", checkpoint.path, "--shape", "2x0.67", "-o", output, "--force")
+        assert "which this command needs" in sentence(result, 2)
+    assert (home / "work").is_dir()

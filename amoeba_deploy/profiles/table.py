@@ -6,6 +6,7 @@ of its flow, precision and workload: linear in the parameters of a block at each
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from fractions import Fraction
@@ -156,11 +157,14 @@ def read_table(file: Path) -> Table:
     try:
         rows = tuple(Row(**row) for row in value["rows"])
         for row in rows:
-            if min(row.ttft_ms, row.tpot_ms) <= 0 or min(row.peak_memory_bytes, row.artifact_bytes) < 0:
+            if (
+                not (0 < row.ttft_ms < math.inf and 0 < row.tpot_ms < math.inf)
+                or min(row.peak_memory_bytes, row.artifact_bytes) < 0
+            ):
                 raise ValueError
             _ = row.shape, row.workload
         device, digest = str(value["device"]), str(value["architecture"])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, BadInput):
         raise BadInput(f"{file}: a row lacks an entry or holds a value that cannot be; profile again") from None
     facts = {k: v for k, v in value.items() if k not in ("format", "device", "architecture", "rows")}
     return Table(device, digest, facts, rows)
