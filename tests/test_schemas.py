@@ -142,6 +142,7 @@ DAMAGE: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
     "a verdict in words": ("measured", lambda d: d["verified"].update(greedy_tokens_equal="yes")),
     "no prompt": ("selftest", lambda d: d.update(prompt=[])),
     "a negative token": ("selftest", lambda d: d["tokens"].append(-1)),
+    "a self-test that compares nothing": ("selftest", lambda d: d.update(tokens=[], margins=[])),
 }
 
 

@@ -1,0 +1,192 @@
+"""What is measured and what is made of it: loss, accuracy, quality between shapes, latency tables, this machine."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import QUIET, amoeba
+
+from amoeba_deploy.checkpoint import EMBEDDED, Checkpoint
+from amoeba_deploy.errors import BadInput, LatencyUnknown
+from amoeba_deploy.evaluation import (
+    Question,
+    choice_scores,
+    read_questions,
+    task_accuracy,
+    text_loss,
+    text_rows,
+    torch_logits,
+)
+from amoeba_deploy.extraction import extract
+from amoeba_deploy.interpolation import over_shapes
+from amoeba_deploy.model_folder import ModelFolder, load_torch_model
+from amoeba_deploy.plan import sized
+from amoeba_deploy.profiles.measure import peak_memory
+from amoeba_deploy.profiles.profiler import profile
+from amoeba_deploy.profiles.table import Row, Table, read_table, write_table
+from amoeba_deploy.profiles.workload import Workload
+from amoeba_deploy.shape import Shape
+
+DEMO = EMBEDDED.parent
+WORKLOAD = Workload()
+
+
+def test_loss_is_the_mean_cross_entropy_in_nats(models: Callable[[str], ModelFolder]) -> None:
+    model = load_torch_model(models("qwen3").path)
+    rows = np.random.default_rng(0).integers(0, 128, (11, 30))
+    with torch.inference_mode():
+        logits = model(input_ids=torch.from_numpy(rows)).logits[:, :-1]
+    wanted = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.from_numpy(rows[:, 1:]).flatten())
+    found = text_loss(torch_logits(model), rows)
+    assert found.loss == pytest.approx(float(wanted), rel=1e-6)
+    assert found.perplexity == pytest.approx(math.exp(found.loss))
+
+
+def test_a_choice_scores_by_its_log_likelihood_a_byte(demo: Checkpoint) -> None:
+    model, tokenizer = load_torch_model(demo.model.path), demo.model.tokenizer()
+    question = Question("Question: What does Weven work as? Answer:", ("doctor", "tailor"), 1)
+    found = choice_scores(torch_logits(model), question, tokenizer, 512)
+    for choice, score in zip(question.choices, found, strict=True):
+        prefix = len(tokenizer.encode(question.question).ids)
+        ids = torch.tensor([tokenizer.encode(f"{question.question} {choice}").ids])
+        assert ids[0, 0] == 0, "the tokenizer puts its start token in front"
+        with torch.inference_mode():
+            chances = torch.log_softmax(model(input_ids=ids).logits[0, :-1].float(), dim=-1)
+        wanted = sum(float(chances[i - 1, ids[0, i]]) for i in range(prefix, ids.shape[1])) / len(choice.encode())
+        assert score == pytest.approx(wanted, rel=1e-3)  # log-probabilities near 0 lose digits in float32
+
+
+def test_ties_go_to_the_lowest_index(demo: Checkpoint) -> None:
+    def flat(ids: np.ndarray) -> np.ndarray:
+        return np.zeros((*ids.shape, 1024), np.float32)
+
+    asked = [Question("Question: Which? Answer:", ("same", "same"), gold) for gold in (0, 1)]
+    assert task_accuracy(flat, asked, demo.model.tokenizer(), 512).accuracy == 0.5
+
+
+def test_the_embedded_model_is_as_good_as_its_card_says(demo: Checkpoint) -> None:
+    logits, tokenizer = torch_logits(load_torch_model(demo.model.path)), demo.model.tokenizer()
+    loss = text_loss(logits, text_rows(DEMO / "validation.txt", tokenizer)[:40])
+    task = task_accuracy(logits, read_questions(DEMO / "questions.jsonl")[:80], tokenizer, 512)
+    assert loss.loss < 0.7  # chance is ln 1024 = 6.93
+    assert task.accuracy > 0.9
+    assert task.chance == 0.25
+
+
+def test_training_never_asks_what_validation_asks() -> None:
+    import sys
+
+    sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
+    import demo_corpus
+
+    world = demo_corpus.build_world()
+    asked = {row["question"] for row in demo_corpus.validation_questions(world)}
+    assert {json.loads(line)["question"] for line in (DEMO / "questions.jsonl").read_text().splitlines()} == asked
+    stream = demo_corpus.documents(world, seed=0)
+    text = "\n".join(next(stream) for _ in range(20_000))
+    assert not [question for question in asked if str(question).removesuffix(" Answer:") in text]
+
+
+def test_measured_quality_is_that_of_the_extracted_subnet(demo: Checkpoint, tmp_path: Path) -> None:
+    """One row of the shipped quality.json, measured again from scratch."""
+    assert demo.quality is not None
+    shape = Shape.parse("7x0.625")
+    extract(demo.model, demo.plan(shape), tmp_path)
+    rows = text_rows(DEMO / "validation.txt", demo.model.tokenizer())
+    found = text_loss(torch_logits(load_torch_model(tmp_path)), rows)
+    value = demo.quality.loss(shape, "fp32")
+    assert value.source == "measured"
+    # bf16 weights are the same; sums in bf16 activations differ between processors.
+    assert value.value == pytest.approx(found.loss, rel=2e-2)
+
+
+def test_quality_between_rows_and_of_equal_subnets(demo: Checkpoint) -> None:
+    assert demo.quality is not None
+    quality = demo.quality
+    left, right = quality.loss(Shape.parse("8x0.75"), "fp32").value, quality.loss(Shape.parse("8x0.875"), "fp32").value
+    between = quality.loss(Shape.parse("8x0.8"), "fp32")
+    assert between.source == "interpolated"
+    assert between.value == pytest.approx(left + (right - left) * (0.8 - 0.75) / 0.125)
+    same = quality.loss(Shape.parse("8x0.63"), "fp32")  # keeps what 0.625 keeps
+    assert (same.value, same.source) == (quality.loss(Shape.parse("8x0.625"), "fp32").value, "measured")
+    unmeasured = quality.loss(Shape.parse("8x1"), "bf16")
+    assert unmeasured.source == "fp32 (this precision not measured)"
+
+
+def test_interpolation_is_linear_inside_and_clamped_outside() -> None:
+    rows = {2: [(0.5, 4.0), (1.0, 2.0)], 4: [(0.5, 8.0), (1.0, 6.0)]}
+    assert over_shapes(rows, 2, 0.75) == 3.0
+    assert over_shapes(rows, 3, 0.75) == 5.0
+    assert over_shapes(rows, 9, 0.1) == 8.0
+    assert over_shapes(rows, 1, 2.0) == 2.0
+
+
+def row(shape: str, tpot: float) -> Row:
+    depth, width = shape.split("x")
+    return Row(
+        "onnx", "fp32", int(depth), float(width), "uniform", 1, 128, 32, 2 * tpot, tpot, tpot, tpot, 9, 10**8, 10**7
+    )
+
+
+def test_a_table_gives_measured_rows_and_interpolates_the_rest(demo: Checkpoint, tmp_path: Path) -> None:
+    sizes = demo.architecture
+    made = Table("local", sizes.digest, {}, ()).merged([row("12x1", 4.0), row("6x1", 2.0), row("12x0.5", 3.0)])
+    write_table(tmp_path / "table.json", made)
+    table = read_table(tmp_path / "table.json")
+    assert table.rows == made.rows
+    predict = table.predictor(lambda shape: sized(sizes, shape), "onnx", "fp32", WORKLOAD)
+    assert predict(Shape.parse("12x1")) == replace(predict(Shape.parse("12x1")), tpot_ms=4.0, source="measured")
+    assert (predict(Shape.parse("9x1")).tpot_ms, predict(Shape.parse("9x1")).source) == (3.0, "interpolated")
+    assert 3.0 < predict(Shape.parse("12x0.75")).tpot_ms < 4.0
+    assert table.merged([row("6x1", 9.0)]).rows != table.rows
+    with pytest.raises(LatencyUnknown, match="amoeba profile"):
+        table.predictor(lambda shape: sized(sizes, shape), "onnx", "int4", WORKLOAD)
+
+
+def test_profiling_fills_a_table_of_this_machine(demo: Checkpoint) -> None:
+    shapes = [Shape(12, Fraction(1)), Shape(6, Fraction(1, 2))]
+    table = profile(demo, [("onnx", "fp32")], shapes, Workload(1, 16, 8), 64, repeats=3, progress=QUIET)
+    assert [r.shape for r in table.rows] == shapes
+    full, small = table.rows
+    assert full.tpot_ms > small.tpot_ms > 0
+    assert full.peak_memory_bytes > small.peak_memory_bytes > 10**7
+    assert full.artifact_bytes > small.artifact_bytes
+    assert full.repeats == 3
+    assert full.p10 <= full.tpot_ms <= full.p90
+    assert {"machine", "engines", "tool", "date"} <= set(table.facts)
+
+
+def test_peak_memory_is_that_of_the_engines_own_process(demo: Checkpoint, tmp_path: Path) -> None:
+    """A parent that has once been large does not show in its child's figure."""
+    from amoeba_deploy.backends import load_backend
+
+    load_backend("onnx").lower(demo.model, tmp_path, "int4", 64)
+    ballast = np.ones(10**8)
+    found = peak_memory("onnx", "int4", tmp_path, 1024, Workload(1, 8, 4))
+    assert 10**7 < found < ballast.nbytes
+
+
+def test_this_machine_is_profiled_once() -> None:
+    options = ("--device", "local", "--flow", "onnx", "--precision", "int4", "--prompt", 16, "--tokens", 8)
+    first = amoeba("search", *options, "--latency", "10s", "--json")
+    again = amoeba("search", *options, "--latency", "10s", "--json")
+    assert "profiling onnx int4" in first.stderr
+    assert again.stderr == ""
+    assert first.stdout == again.stdout
+    assert json.loads(again.stdout)["predicted"]["source"] == "measured"
+
+
+def test_too_long_a_workload_is_refused() -> None:
+    with pytest.raises(BadInput, match="do not fit in a context of 100"):
+        WORKLOAD.context_for(512, 100)
+    with pytest.raises(BadInput, match="exceeds the model's 512"):
+        WORKLOAD.context_for(512, 1000)
+    assert (WORKLOAD.context_for(512), WORKLOAD.context_for(8192)) == (512, 2048)
