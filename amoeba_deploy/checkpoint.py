@@ -114,6 +114,11 @@ def open_checkpoint(path: Path | None = None) -> Checkpoint:
         raise BadInput(
             f"{folder / 'amoeba.json'}: base, multiple, widths or name is missing or wrong; create it again"
         ) from None
+    if (head.get("policy"), head.get("bias")) != ("uniform", "off"):
+        raise BadInput(
+            f"{folder / 'amoeba.json'}: has policy {head.get('policy')!r} and bias {head.get('bias')!r}; this version "
+            f"derives subnets with policy 'uniform' and bias 'off' only"
+        )
     if head.get("adapters") is not None:
         raise BadInput(f"{folder}: holds tuned adapters, which this version cannot merge; use a newer version")
     model = ModelFolder(folder / base if not Path(base).is_absolute() else Path(base))

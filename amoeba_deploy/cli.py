@@ -381,6 +381,9 @@ def run(path: Path, prompt: str, tokens: int, as_json: bool, quiet: bool) -> Non
 @checkpoint_argument
 @click.option("--flow", help="Flows, separated by commas.  [default: every one installed]")
 @click.option("--precision", help="Precisions, separated by commas.  [default: all of each flow]")
+@click.option(
+    "--device", default="local", show_default=True, help="What to call this machine in a table written by -o."
+)
 @click.option("--shapes", default="grid", show_default=True, help="corners, grid, or shapes separated by commas.")
 @click.option("--repeats", type=click.IntRange(3), default=9, show_default=True, help="Runs of each engine.")
 @click.option("--budget", type=Seconds(), default="5m", show_default=True, help="Time after which no repeat begins.")
@@ -394,6 +397,7 @@ def profile(
     checkpoint: Path | None,
     flow: str | None,
     precision: str | None,
+    device: str,
     shapes: str,
     repeats: int,
     budget: float,
@@ -425,6 +429,7 @@ def profile(
         context,
         repeats=repeats,
         budget=budget,
+        device=device,
         output=output,
         force=force,
         progress=Progress(quiet),

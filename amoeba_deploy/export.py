@@ -103,16 +103,19 @@ def export(
         with phases.phase("verify"):
             if verify:
                 progress.say("verifying against transformers")
-                verification = verify_artefact(backend, subnet, engine, order.precision)
+                verification = verify_artefact(backend, subnet, engine, order.precision, order.context)
         opened = backend.open(engine, order.precision)
         with phases.phase("measure"):
             if order.on_this_machine:
                 progress.say("measuring")
                 timing = measure([opened], subnet.architecture.vocabulary, order.workload, LOCAL_REPEATS)[0]
         with phases.phase("bundle"):
-            prompt = tuple(int(identifier) for identifier in prompt_ids(subnet)[0])
-            steps = min(STEPS, order.context - len(prompt))
-            write_selftest(folder, record(opened, prompt, steps, verification.rounding if verification else 0.0))
+            ids = prompt_ids(subnet, order.context)
+            opened.reset()
+            scale = float(abs(opened.feed(ids)).max())
+            tolerance = verification.rounding if verification else backend.tolerance(order.precision) * scale
+            steps = min(STEPS, order.context - ids.shape[1])
+            write_selftest(folder, record(opened, tuple(ids[0].tolist()), steps, tolerance))
             for file in subnet.tokenizer_files():
                 shutil.copyfile(file, folder / file.name)
             write_json(folder / MEASURED, _measured(verification, timing, order))

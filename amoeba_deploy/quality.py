@@ -138,10 +138,17 @@ def read_quality(folder: Path, architecture: Architecture, multiple: int) -> Qua
             for row in value["rows"]
         )
         text = dict(value["text"])
+        settings = {(row["policy"], row["bias"], row["multiple"]) for row in value["rows"]}
+        if (value["metric"], value["direction"]) != ("loss", "min") or settings - {("uniform", "off", multiple)}:
+            raise ValueError
+        if not all(row.shape.depth <= architecture.depth for row in rows):
+            raise ValueError
         if not all(math.isfinite(row.loss) and math.isfinite(row.loss_error) for row in rows):
             raise ValueError
     except (KeyError, TypeError, ValueError, BadInput):
-        raise BadInput(f"{file}: a row lacks an entry or holds a value that cannot be; measure quality again") from None
+        raise BadInput(
+            f"{file}: a row lacks an entry or holds a value that does not fit this checkpoint; measure again"
+        ) from None
     if not any(row.precision == REFERENCE_PRECISION for row in rows):
         raise BadInput(f"{file}: has no row in {REFERENCE_PRECISION}; measure quality again")
     return Quality(architecture, multiple, text, rows)

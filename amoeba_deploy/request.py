@@ -106,7 +106,7 @@ class Request:
             file = local_table_file(space.checkpoint) if space.checkpoint else None
         else:
             table = read_table(file) if file else None
-        if table is not None and table.device not in (device.name, LOCAL):
+        if table is not None and table.device != device.name:
             raise BadInput(
                 f"{file}: was measured on '{table.device}', not on '{device.name}'; give that device's table"
             )

@@ -6,6 +6,7 @@ folder holds ``selection.json`` and ``selection.safetensors``; docs/formats.md d
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,8 @@ def _read_depths(value: Any, blocks: int, file: Path) -> dict[int, DepthChoice]:
     except (AttributeError, KeyError, TypeError, ValueError):
         raise BadInput(f"{file}: its 'depth' table is malformed; select again") from None
     for depth, choice in depths.items():
+        if not math.isfinite(choice.metric):
+            raise BadInput(f"{file}: the metric at depth {depth} is not a finite number; select again")
         legal = all(type(i) is int and 0 <= i < blocks for i in choice.kept)
         if not legal or len(choice.kept) != depth or list(choice.kept) != sorted(set(choice.kept)):
             raise BadInput(f"{file}: the blocks kept at depth {depth} are not {depth} ascending block numbers")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from amoeba_deploy import families
 from amoeba_deploy.architecture import Architecture
 from amoeba_deploy.backends import flow_names, load_backend
 from amoeba_deploy.backends.backend import Backend, check_precision
@@ -151,8 +152,9 @@ def search_target(
         predict = predictor(target, sizes_of, architecture.digest, flow, precision, table)
         legal = []
         for shape in shapes:
-            refused = backend.refusal(sizes_of(shape), precision, target.context)
-            refusals += [f"the flow '{flow}' refuses {shape}: {refused}"] if refused else []
+            sizes = sizes_of(shape)
+            refused = families.refusal(sizes) or backend.refusal(sizes, precision, target.context)
+            refusals += [f"{shape} cannot be lowered to {flow} {precision}: {refused}"] if refused else []
             legal += [] if refused else [shape]
         found += candidates(
             legal,

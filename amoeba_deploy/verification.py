@@ -61,14 +61,14 @@ class Verification:
         }
 
 
-def prompt_ids(model: ModelFolder) -> Ids:
-    """Ids [1, n] of the self-test's prompt; a few small ids where the folder has no tokenizer."""
+def prompt_ids(model: ModelFolder, context: int) -> Ids:
+    """Ids [1, n] of the self-test's prompt, half of the context at most; small ids where there is no tokenizer."""
     vocabulary = model.architecture.vocabulary
     try:
         ids = model.tokenizer().encode(PROMPT).ids
     except BadInput:
         ids = list(range(1, 9))
-    return np.array([[identifier % vocabulary for identifier in ids]], dtype=np.int64)
+    return np.array([[identifier % vocabulary for identifier in ids[: max(context // 2, 1)]]], dtype=np.int64)
 
 
 def probe_ids(vocabulary: int, length: int = PROBE) -> Ids:
@@ -77,7 +77,7 @@ def probe_ids(vocabulary: int, length: int = PROBE) -> Ids:
 
 
 def compare(
-    engine: Engine, reference: Engine, model: ModelFolder, tolerance: float, steps: int = STEPS
+    engine: Engine, reference: Engine, model: ModelFolder, tolerance: float, context: int, steps: int = STEPS
 ) -> Verification:
     """Feed both the same ids and compare; ``tolerance`` is a share of the reference's largest logit.
 
@@ -86,15 +86,17 @@ def compare(
         reference: the engine that is right.
         model: the folder that both were made from.
         tolerance: the largest difference allowed, relative.
+        context: positions that the engine provides for.
         steps: greedy steps to compare; fewer where the context is shorter.
     """
-    vocabulary, context = model.architecture.vocabulary, model.architecture.context
+    vocabulary = model.architecture.vocabulary
     worst, scale = 0.0, 0.0
 
     def both(ids: Ids) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         nonlocal worst, scale
         found, wanted = engine.feed(ids), reference.feed(ids)
-        worst = max(worst, float(np.abs(found - wanted).max()))
+        # np.maximum, unlike max, keeps a NaN once there is one.
+        worst = float(np.maximum(worst, np.abs(found - wanted).max()))
         scale = max(scale, float(np.abs(wanted).max()))
         return found[0, -1], wanted[0, -1]
 
@@ -104,7 +106,7 @@ def compare(
         return both(ids)
 
     afresh(probe_ids(vocabulary, min(PROBE, context)))
-    prompt = prompt_ids(model)[:, : context // 2]
+    prompt = prompt_ids(model, context)
     found, wanted = afresh(prompt)
     tokens, right, margins = [], [], []
     for _ in range(min(steps, context - prompt.shape[1])):
@@ -118,8 +120,8 @@ def compare(
     return Verification(worst, allowed, equal, decisive)
 
 
-def verify_artefact(backend: Backend, model: ModelFolder, artefact: Path, precision: str) -> Verification:
-    """Open an artefact and compare it with transformers.
+def verify_artefact(backend: Backend, model: ModelFolder, artefact: Path, precision: str, context: int) -> Verification:
+    """Open an artefact that was lowered for ``context`` positions and compare it with transformers.
 
     Raises:
         VerificationFailed: logits or tokens differ by more than allowed; the message has the numbers.
@@ -127,9 +129,10 @@ def verify_artefact(backend: Backend, model: ModelFolder, artefact: Path, precis
     with tempfile.TemporaryDirectory(prefix="amoeba-reference-") as work:
         folder = backend.reference_folder(model, artefact, precision, Path(work))
         reference = load_backend("torch").open(folder, "fp32")
-        exact = backend.open_exact(artefact)
-        strict = compare(exact, reference, model, EXACT_TOLERANCE) if exact else None
-        result = compare(backend.open(artefact, precision), reference, model, backend.tolerance(precision))
+        exact = backend.open_exact(artefact, precision)
+        strict = compare(exact, reference, model, EXACT_TOLERANCE, context) if exact else None
+        opened = backend.open(artefact, precision)
+        result = compare(opened, reference, model, backend.tolerance(precision), context)
     if strict is not None:
         _require(strict, f"the {backend.flow} engine in {precision}, run on float32 activations,")
         result = replace(result, exact_logit_error=strict.max_logit_error, greedy_tokens=strict.greedy_tokens)

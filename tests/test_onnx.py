@@ -49,7 +49,7 @@ def test_every_family_verifies_in_every_precision(
     name: str, precision: str, models: Callable[[str], ModelFolder], tmp_path: Path
 ) -> None:
     artefact = lowered(models(name), tmp_path / "engine", precision)
-    result = verify_artefact(ONNX, models(name), artefact, precision)
+    result = verify_artefact(ONNX, models(name), artefact, precision, CONTEXT)
     assert result.passed
     assert precision == "fp32" or result.exact_logit_error is not None
 
@@ -199,7 +199,7 @@ def test_a_planted_mistake_is_caught(
     artefact = lowered(model, tmp_path / "engine", precision)
     PLANTED[mistake](artefact)
     with pytest.raises(VerificationFailed, match="differ from the reference"):
-        verify_artefact(ONNX, model, artefact, precision)
+        verify_artefact(ONNX, model, artefact, precision, CONTEXT)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int4"])
@@ -227,7 +227,7 @@ def test_exchanged_matrices_are_caught(
         _read_other_weights(right / "model.onnx", wrong / "weights.int4.safetensors")
         wrong = right
     with pytest.raises(VerificationFailed):
-        verify_artefact(ONNX, model, wrong, precision)
+        verify_artefact(ONNX, model, wrong, precision, CONTEXT)
 
 
 def _read_other_weights(graph: Path, file: Path) -> None:

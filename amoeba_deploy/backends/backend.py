@@ -85,7 +85,7 @@ class Backend(Protocol):
         """The engine of an artefact, with so many threads (all cores where left out)."""
         ...
 
-    def open_exact(self, artefact: Path) -> Engine | None:
+    def open_exact(self, artefact: Path, precision: str) -> Engine | None:
         """The same graph and weights with all activations in float32; None where ``open`` already computes so.
 
         Verification holds it to ``EXACT_TOLERANCE``, so that the rounding of activations hides no mistake.

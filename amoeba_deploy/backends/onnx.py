@@ -146,9 +146,8 @@ class OnnxBackend:
         read_header(artefact / weights_file(precision))
         return OnnxEngine(artefact, threads)
 
-    def open_exact(self, artefact: Path) -> OnnxEngine | None:
-        quantised = not (artefact / weights_file("fp32")).is_file()
-        return OnnxEngine(artefact, None, exact=True) if quantised else None
+    def open_exact(self, artefact: Path, precision: str) -> OnnxEngine | None:
+        return None if _BITS[precision] is None else OnnxEngine(artefact, None, exact=True)
 
     def reference_folder(self, model: ModelFolder, artefact: Path, precision: str, output: Path) -> Path:
         bits = _BITS[precision]

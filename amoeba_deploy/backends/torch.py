@@ -85,7 +85,7 @@ class TorchBackend:
     def open(self, artefact: Path, precision: str, threads: int | None = None) -> TorchEngine:
         return TorchEngine(artefact, _DTYPES[precision], threads)
 
-    def open_exact(self, artefact: Path) -> TorchEngine | None:
+    def open_exact(self, artefact: Path, precision: str) -> TorchEngine | None:
         return None
 
     def reference_folder(self, model: ModelFolder, artefact: Path, precision: str, output: Path) -> Path:

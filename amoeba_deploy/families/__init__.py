@@ -34,6 +34,11 @@ def family_of(config: dict[str, Any]) -> Family:
     return found
 
 
+def refusal(subnet: Architecture) -> str | None:
+    """Why no stock class can hold a subnet of these sizes, as half a sentence, or None."""
+    return family_of({"model_type": subnet.family}).refusal(subnet)
+
+
 def read_architecture(config: dict[str, Any]) -> Architecture:
     """The sizes that a config states, by its family's rules."""
     return family_of(config).architecture(config)

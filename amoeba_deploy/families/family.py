@@ -58,6 +58,8 @@ class Family:
     """What transformers assumes where a config of this family says nothing."""
     rewrite: Callable[[dict[str, Any], Architecture], None] | None = None
     """Changes to an already rewritten config (in place) that only this family needs."""
+    refusal: Callable[[Architecture], str | None] = lambda _: None
+    """Why no stock class can hold a subnet of some sizes, as half a sentence, or None."""
 
     def architecture(self, config: dict[str, Any]) -> Architecture:
         """The sizes that a config of this family states; raises BadInput where they contradict each other."""
@@ -106,6 +108,9 @@ class Family:
         Depth and widths are the subnet's; lists with one entry a block follow ``kept_blocks``; rotary settings and
         dtype stand in both spellings, because readers that pin transformers 4 silently fall back to base 10000.
         """
+        refused = self.refusal(subnet)
+        if refused:
+            raise BadInput(f"the subnet cannot be written: {refused}")
         changed = dict(config)
         changed |= {
             "num_hidden_layers": subnet.depth,

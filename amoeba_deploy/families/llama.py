@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 from amoeba_deploy.architecture import Architecture
-from amoeba_deploy.errors import BadInput
 from amoeba_deploy.families.family import Family
 
 
@@ -19,14 +18,18 @@ def _flags(config: dict[str, Any]) -> dict[str, Any]:
     return {"qkv_bias": bias, "output_bias": bias, "mlp_bias": bool(config.get("mlp_bias", False))}
 
 
+def _refusal(subnet: Architecture) -> str | None:
+    if subnet.hidden % subnet.heads and (subnet.qkv_bias or subnet.mlp_bias):
+        return (
+            f"its {subnet.heads} heads do not divide the hidden size {subnet.hidden}, which no stock class takes for a "
+            f"Llama with biases; choose a width that keeps a divisor of {subnet.hidden} heads"
+        )
+    return None
+
+
 def _rewrite(config: dict[str, Any], subnet: Architecture) -> None:
     if subnet.hidden % subnet.heads == 0:
         return
-    if subnet.qkv_bias or subnet.mlp_bias:
-        raise BadInput(
-            f"{subnet.heads} heads do not divide the hidden size {subnet.hidden}, and no stock class takes that for "
-            f"a Llama with biases; choose a width that keeps a divisor of {subnet.hidden} heads"
-        )
     config["architectures"] = ["MistralForCausalLM"]
     config["model_type"] = "mistral"
     config["sliding_window"] = None
@@ -34,4 +37,4 @@ def _rewrite(config: dict[str, Any], subnet: Architecture) -> None:
         config.pop(key, None)
 
 
-FAMILY = Family("llama", _flags, rewrite=_rewrite)
+FAMILY = Family("llama", _flags, rewrite=_rewrite, refusal=_refusal)

@@ -11,6 +11,7 @@ from amoeba_deploy.checkpoint import Checkpoint
 from amoeba_deploy.errors import BadInput, ToolchainMissing
 from amoeba_deploy.profiles.profiler import (
     BUDGET_SECONDS,
+    LOCAL,
     REPEATS,
     corner_shapes,
     default_shapes,
@@ -64,16 +65,24 @@ def profile_to(
     repeats: int = REPEATS,
     budget: float = BUDGET_SECONDS,
     output: Path | None = None,
+    device: str = LOCAL,
     force: bool = False,
     progress: Progress,
 ) -> tuple[Table, Path]:
-    """Measure, and write a table file: ``output``, or this machine's table in the cache with the new rows added."""
+    """Measure, and write a table file: ``output``, or this machine's table in the cache with the new rows added.
+
+    ``device`` names this machine in a table that is written for others to use; the cache knows it as ``local``.
+    """
+    if device != LOCAL and output is None:
+        raise BadInput(f"--device {device} names the machine in a table for others; give -o FILE to write it to")
     if output is not None and output.exists() and not force:
         raise BadInput(f"{output}: exists already; choose another output or add --force to replace it")
     pairs = ready_combinations(flows, precisions)
     positions = workload.context_for(checkpoint.architecture.context, context)
     wanted = shapes_named(checkpoint, shapes)
-    table = profile(checkpoint, pairs, wanted, workload, positions, repeats=repeats, budget=budget, progress=progress)
+    table = profile(
+        checkpoint, pairs, wanted, workload, positions, repeats=repeats, budget=budget, device=device, progress=progress
+    )
     if output is not None:
         write_table(output, table, force)
         return table, output

@@ -88,8 +88,8 @@ def engine_versions() -> dict[str, str]:
     return dict(sorted(versions.items()))
 
 
-def empty_table(checkpoint: Checkpoint, context: int) -> Table:
-    """A table of this machine with its header and no rows."""
+def empty_table(checkpoint: Checkpoint, context: int, device: str = LOCAL) -> Table:
+    """A table with this machine's header and no rows; ``device`` is what this machine is called in the catalogue."""
     facts = {
         "machine": machine_facts() | {"fingerprint": fingerprint(), "threads": threads()},
         "engines": engine_versions(),
@@ -97,7 +97,7 @@ def empty_table(checkpoint: Checkpoint, context: int) -> Table:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "context": context,
     }
-    return Table(LOCAL, checkpoint.architecture.digest, facts, ())
+    return Table(device, checkpoint.architecture.digest, facts, ())
 
 
 def _build(checkpoint: Checkpoint, flow: str, precision: str, shape: Shape, context: int, folder: Path) -> Built:
@@ -124,6 +124,7 @@ def profile(
     *,
     repeats: int = REPEATS,
     budget: float = BUDGET_SECONDS,
+    device: str = LOCAL,
     progress: Progress,
 ) -> Table:
     """Measure shapes on this machine.
@@ -135,6 +136,7 @@ def profile(
         workload: batch, prompt and tokens.
         context: positions that the engines provide for.
         repeats: runs of each engine after its warm-up.
+        device: the name that the table gives this machine.
         budget: seconds after which no further repeat begins; three are always done.
         progress: told of every build and run.
 
@@ -148,7 +150,7 @@ def profile(
             refused = backend.refusal(checkpoint.sized(shape), precision, context)
             if refused:
                 raise BadInput(f"the flow '{flow}' refuses the shape {shape}: {refused}")
-    table = empty_table(checkpoint, context)
+    table = empty_table(checkpoint, context, device)
     vocabulary = checkpoint.architecture.vocabulary
     deadline = time.perf_counter() + budget
     with tempfile.TemporaryDirectory(prefix="amoeba-profile-") as work:

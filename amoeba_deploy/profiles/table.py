@@ -163,6 +163,8 @@ def read_table(file: Path) -> Table:
             ):
                 raise ValueError
             _ = row.shape, row.workload
+            if row.policy != "uniform":
+                raise ValueError
         device, digest = str(value["device"]), str(value["architecture"])
     except (KeyError, TypeError, ValueError, BadInput):
         raise BadInput(f"{file}: a row lacks an entry or holds a value that cannot be; profile again") from None
