@@ -31,21 +31,30 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json_text(value), encoding="utf-8")
 
 
+def read_json_object(file: Path) -> dict[str, Any]:
+    """A JSON file that others' tools wrote; raises BadInput where it is missing or holds no object."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadInput(f"{file}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{file}: is not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise BadInput(f"{file}: is not a JSON object")
+    return value
+
+
 def read_json(path: Path, form: str) -> dict[str, Any]:
     """A JSON file that names its format, such as ``amoeba.plan/1``.
 
     Raises:
         BadInput: the file is missing, is no JSON object, or is of another format or major version.
     """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise BadInput(f"{path}: is not valid JSON ({error})") from None
-    found = value.get("format") if isinstance(value, dict) else None
-    if not isinstance(value, dict) or found != form:
-        raise BadInput(f"{path}: has format {found!r} where {form!r} was expected; this version reads no other")
+    value = read_json_object(path)
+    if value.get("format") != form:
+        raise BadInput(
+            f"{path}: has format {value.get('format')!r} where {form!r} was expected; this version reads no other"
+        )
     return value
 
 

@@ -13,7 +13,8 @@ import numpy as np
 
 from amoeba_deploy.backends.backend import Engine
 from amoeba_deploy.errors import BadInput
-from amoeba_deploy.model_folder import load_tokenizer, read_json_object
+from amoeba_deploy.files import read_json_object
+from amoeba_deploy.model_folder import load_tokenizer
 
 
 @dataclass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ from amoeba_deploy.architecture import Architecture
 from amoeba_deploy.errors import BadInput
 from amoeba_deploy.families import family_of, read_architecture
 from amoeba_deploy.families.family import Family
-from amoeba_deploy.files import sha256_of
+from amoeba_deploy.files import read_json_object, sha256_of
 from amoeba_deploy.tensors import TensorFolder
 
 if TYPE_CHECKING:
@@ -34,19 +33,6 @@ TOKENIZER_FILES = (
 def read_config(path: Path) -> dict[str, Any]:
     """A ``config.json``, given by its own path or by its folder's; raises BadInput where it is not one."""
     return read_json_object(path / "config.json" if path.is_dir() else path)
-
-
-def read_json_object(file: Path) -> dict[str, Any]:
-    """A JSON file that others' tools wrote; raises BadInput where it is missing or holds no object."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise BadInput(f"{file}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise BadInput(f"{file}: is not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise BadInput(f"{file}: is not a JSON object")
-    return value
 
 
 def resolve_model(name: str) -> Path:
