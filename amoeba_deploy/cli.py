@@ -7,10 +7,12 @@ exit code (errors.py); a traceback appears only with ``--debug``.
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import click
@@ -87,6 +89,12 @@ def main(debug: bool) -> None:
     amoeba export --device orin-nx --latency 40ms -o out
     amoeba run out -p "Once upon a time"
     """
+    signal.signal(signal.SIGTERM, _interrupt)
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    """Let a polite request to end (CI, containers) clean up as Ctrl-C does."""
+    raise KeyboardInterrupt
 
 
 def emit(value: dict[str, Any], as_json: bool, text: Callable[[], None]) -> None:

@@ -74,15 +74,19 @@ def resolve_target(
         ToolchainMissing: a flow's toolchain is not installed.
     """
     if not flows:
-        pairs, remarks = _first_ready(device, precisions)
-        return Target(device, tuple(pairs), workload, context, tuple(remarks))
-    pairs = []
+        first, remarks = _first_ready(device, precisions)
+        return Target(device, tuple(first), workload, context, tuple(remarks))
+    pairs: list[tuple[str, str]] = []
     for flow in flows:
         backend = ready_backend(flow)
         preferred = [p.precision for p in device.flows if p.flow == flow and p.precision in backend.precisions()]
-        for precision in precisions or preferred[:1] or backend.precisions()[:1]:
-            check_precision(backend, precision)
-            pairs.append((flow, precision))
+        wanted = [p for p in precisions if p in backend.precisions()]
+        if precisions and not wanted:
+            check_precision(backend, precisions[0])
+        pairs += [(flow, p) for p in wanted or preferred[:1] or backend.precisions()[:1]]
+    unknown = set(precisions) - {precision for _, precision in pairs}
+    if unknown:
+        raise BadInput(f"none of the flows {', '.join(flows)} has the precision {', '.join(sorted(unknown))}")
     return Target(device, tuple(dict.fromkeys(pairs)), workload, context, ())
 
 

@@ -596,11 +596,14 @@ def demo_export(output: Path) -> tuple[object, ...]:
     return ("export", *SEARCH, "--flow", "onnx", "--precision", "fp32", "--quiet", "-o", output)
 
 
-@pytest.mark.parametrize("written", ["model.safetensors", "genai_config.json"])
-def test_an_interrupted_export_leaves_nothing(outputs: Path, tmp_path: Path, written: str) -> None:
+@pytest.mark.parametrize(
+    ("number", "written"),
+    [(signal.SIGINT, "model.safetensors"), (signal.SIGINT, "genai_config.json"), (signal.SIGTERM, "genai_config.json")],
+)
+def test_an_interrupted_export_leaves_nothing(outputs: Path, tmp_path: Path, number: int, written: str) -> None:
     started = Started(tmp_path, *demo_export(outputs / "bundle"))
     started.wait_for(outputs, f".bundle.*.part/engine/{written}")
-    started.process.send_signal(signal.SIGINT)
+    started.process.send_signal(number)
     status, out, err = started.finish()
     assert (status, out) == (1, "")
     assert err.splitlines() == ["amoeba: interrupted; nothing was left under the output's name"]

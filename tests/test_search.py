@@ -410,6 +410,17 @@ def test_precisions_of_measured_quality_make_one_front() -> None:
     assert losses == sorted(losses, reverse=True)
 
 
+def test_each_flow_takes_the_precisions_that_it_has() -> None:
+    options = ("search", "--device", "orin-nx", "--latency", "40ms", "--flow", "torch,onnx")
+    found = json.loads(amoeba(*options, "--precision", "fp32,int4", "--json").stdout)
+    pairs = {(entry["flow"], entry["precision"]) for entry in [*found["top"], *found["pareto"]]}
+    assert ("onnx", "int4") in pairs
+    assert ("torch", "int4") not in pairs
+    refused = amoeba(*options, "--precision", "fp32,q8_0")
+    assert refused.exit_code == 2
+    assert "none of the flows torch, onnx has the precision q8_0" in refused.stderr
+
+
 def test_a_precision_of_unknown_quality_is_left_out_of_a_ranking_and_named(demo: Checkpoint) -> None:
     assert demo.quality is not None
     assert "bf16" not in demo.quality.precisions

@@ -83,8 +83,8 @@ def test_an_engine_is_verified_within_its_own_context(
 def test_a_bundle_that_was_not_verified_says_so_and_still_tolerates_rounding(
     checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
-    made = amoeba("export", checkpoint.path, "--device", "orin-nx", "--shape", "2x1", "--prompt", 16, "--no-verify", "--json",
-                  "-o", tmp_path / "out")  # fmt: skip
+    command = ("export", checkpoint.path, "--device", "orin-nx", "--shape", "2x1", "--prompt", 16)
+    made = amoeba(*command, "--no-verify", "--json", "-o", tmp_path / "out")
     assert json.loads(made.stdout)["verified"] is None
     assert json.loads((tmp_path / "out" / "selftest.json").read_text())["tolerance"] > 0
 
