@@ -121,7 +121,13 @@ def open_checkpoint(path: Path | None = None) -> Checkpoint:
         )
     if head.get("adapters") is not None:
         raise BadInput(f"{folder}: holds tuned adapters, which this version cannot merge; use a newer version")
-    model = ModelFolder(folder / base if not Path(base).is_absolute() else Path(base))
+    where = folder / base  # an absolute path stays what it is
+    if not where.is_dir():
+        raise BadInput(
+            f"{folder}: its base model should be {where}, which is not there; put it back, or create the checkpoint "
+            f"again, with --include-base to keep the model inside"
+        )
+    model = ModelFolder(where)
     model.check_shapes()
     if model.digest != digest:
         raise BadInput(

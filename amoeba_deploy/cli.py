@@ -494,9 +494,12 @@ def export(
     amoeba export --device orin-nx --latency 40ms -o out
     """
     from amoeba_deploy import console
+    from amoeba_deploy.files import check_target
     from amoeba_deploy.request import Request, Space, export_answer
 
     opened = open_named(checkpoint)
+    if output is not None:
+        check_target(output, force, (opened.path, opened.model.path))
     request = Request.of(Space.of_checkpoint(opened), asked, Progress(quiet), shape)
     done = export_answer(opened, request, output, force=force, verify=not no_verify)
     emit(done.to_json(), as_json, lambda: console.print_export(done))

@@ -270,6 +270,16 @@ def _print_binding(answer: Answer) -> None:
         click.echo(f"  {answer.result.binding} binds (budget: {', '.join(limits)}): better shapes exceed it")
 
 
+def _print_overrun(done: ExportAnswer) -> None:
+    """Say so where the engine, now measured, exceeds the budget that its prediction kept."""
+    budget, found = done.answer.request.budget, done.measured(done.answer.request.budget.metric)
+    if budget.ms is not None and found is not None and found > budget.ms:
+        click.echo(
+            f"note: that is {found / budget.ms - 1:.0%} over the budget of {budget.ms:g} ms, which the prediction "
+            f"kept; leave a margin, or profile again on a quiet machine"
+        )
+
+
 def print_export(done: ExportAnswer) -> None:
     """The choice, how the engine was verified, and where the bundle is."""
     print_answer(done.answer, top=3)
@@ -285,5 +295,6 @@ def print_export(done: ExportAnswer) -> None:
     if done.export.timing is not None:
         timing = done.export.timing
         click.echo(f"measured: TPOT {timing.tpot_ms:.3f} ms, TTFT {timing.ttft_ms:.1f} ms on this machine")
+        _print_overrun(done)
     phases = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in done.seconds.items())
     click.echo(f"bundle: {done.export.path} ({amount(done.export.bytes)}; {phases})")

@@ -58,29 +58,38 @@ def read_json(path: Path, form: str) -> dict[str, Any]:
     return value
 
 
-def _check_replaceable(target: Path, force: bool, inputs: Sequence[Path]) -> None:
-    if not force:
-        raise BadInput(f"{target}: exists already; choose another output or add --force to replace it")
+WRITTEN_BY_US = ("manifest.json", "subnet.json", "amoeba.json", "selection.json")
+"""One of these lies in every folder that Amoeba writes; ``--force`` replaces no other folder that holds anything."""
+
+
+def check_target(target: Path, force: bool, inputs: Sequence[Path] = ()) -> None:
+    """Raise BadInput where an output folder may not be written; for commands that work long before they write."""
+    target = target.absolute()
+    if not target.exists():
+        return
     if not target.is_dir():
         raise BadInput(f"{target}: is a file, and a folder belongs there; choose another output")
+    if not force:
+        raise BadInput(f"{target}: exists already; choose another output or add --force to replace it")
     real = target.resolve()
     for needed in (Path.cwd(), *(path.resolve() for path in inputs)):
         if needed == real or real in needed.parents:
             raise BadInput(f"{target}: holds {needed}, which this command needs; choose another output")
+    if any(target.iterdir()) and not any((target / name).is_file() for name in WRITTEN_BY_US):
+        raise BadInput(f"{target}: was not written by amoeba, so --force does not replace it; choose another output")
 
 
 @contextmanager
 def whole_folder(target: Path, force: bool = False, inputs: Sequence[Path] = ()) -> Iterator[Path]:
     """A temporary folder beside ``target`` that takes its name when the block ends well, and vanishes otherwise.
 
-    ``force`` replaces an existing folder, unless it is or holds one of ``inputs`` or the working folder.
+    ``force`` replaces a folder that Amoeba wrote, unless it is or holds one of ``inputs`` or the working folder.
 
     Raises:
         BadInput: the target exists and may not be replaced, or the disk refuses.
     """
     target = target.absolute()
-    if target.exists():
-        _check_replaceable(target, force, inputs)
+    check_target(target, force, inputs)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -14,12 +14,13 @@ from amoeba_deploy.architecture import Architecture
 from amoeba_deploy.errors import BadInput
 from amoeba_deploy.files import read_json, write_json
 from amoeba_deploy.interpolation import Point, over_shapes
-from amoeba_deploy.plan import sized
+from amoeba_deploy.plan import sized, subnet_widths
 from amoeba_deploy.shape import Shape, parse_width
 
 QUALITY_FORMAT = "amoeba.quality/1"
 WIDTHS = tuple(Fraction(n, 8) for n in (8, 7, 6, 5, 4))
 """Widths of the grid on which quality is measured."""
+STEPPED_GROUPS = 8
 REFERENCE_PRECISION = "fp32"
 MEASURED, INTERPOLATED = "measured", "interpolated"
 UNMEASURED_PRECISION = "fp32 (this precision not measured)"
@@ -95,9 +96,24 @@ class Quality:
         return QualityValue("loss", value, source)
 
 
-def grid(minimum_depth: int, depth: int, widths: Iterable[Fraction] = WIDTHS) -> list[Shape]:
-    """The shapes whose quality is measured: every depth at each of the widths."""
-    return [Shape(d, width) for d in range(depth, minimum_depth - 1, -1) for width in widths]
+def grid(architecture: Architecture, minimum_depth: int, widths: Sequence[Fraction], multiple: int) -> list[Shape]:
+    """The shapes whose quality is measured: every depth at each of the widths, and at both sides of each head step.
+
+    Neurons go a few at a time and quality changes smoothly with them. A key/value group is a large part of a block
+    where there are few, so quality jumps where one more is removed, and a line across that jump would be far off:
+    with at most ``STEPPED_GROUPS`` groups the widest and the narrowest width of every number of groups are added.
+    """
+    chosen = list(widths)
+    if architecture.kv_heads <= STEPPED_GROUPS:
+        by_groups: dict[int, list[Fraction]] = {}
+        for width in subnet_widths(architecture, min(widths), multiple):
+            by_groups.setdefault(sized(architecture, Shape(1, width), multiple).kv_heads, []).append(width)
+        chosen += [width for legal in by_groups.values() for width in (legal[0], legal[-1])]
+    distinct: dict[Architecture, Fraction] = {}
+    for width in chosen:
+        distinct.setdefault(sized(architecture, Shape(1, width), multiple), width)
+    ordered = sorted(distinct.values(), reverse=True)
+    return [Shape(d, width) for d in range(architecture.depth, minimum_depth - 1, -1) for width in ordered]
 
 
 def write_quality(folder: Path, quality: Quality) -> None:

@@ -87,7 +87,7 @@ def measure_quality(
     rows = text_rows(text, tokenizer, length)
     asked: list[Question] = read_questions(questions) if questions else []
     wanted = precisions or measured_precisions()
-    shapes = grid(checkpoint.minimum_depth, sizes.depth, checkpoint.widths)
+    shapes = grid(sizes, checkpoint.minimum_depth, checkpoint.widths, checkpoint.multiple)
     found = []
     with progress.bar("quality", len(shapes) * len(wanted)) as step:
         for precision in wanted:

@@ -20,6 +20,7 @@ from amoeba_deploy.options import comma_list
 from amoeba_deploy.plan import NEURON_MULTIPLE, Plan, sized, subnet_widths
 from amoeba_deploy.profiles.device import LOCAL, load_device
 from amoeba_deploy.profiles.local import table_with
+from amoeba_deploy.profiles.prediction import Metric, Prediction
 from amoeba_deploy.profiles.profiler import local_table_file
 from amoeba_deploy.profiles.table import Table, read_table
 from amoeba_deploy.profiles.workload import Workload
@@ -207,6 +208,14 @@ class ExportAnswer:
     answer: Answer
     export: Export
     seconds: dict[str, float]
+
+    def measured(self, metric: Metric) -> float | None:
+        """The engine's own latency in milliseconds, where it was built for this machine and measured."""
+        timing = self.export.timing
+        if timing is None:
+            return None
+        found = Prediction(timing.tpot_ms, timing.ttft_ms, 0, "measured")
+        return found.value(metric, self.answer.request.target.workload.tokens)
 
     def to_json(self) -> dict[str, Any]:
         """The object that ``export --json`` prints."""

@@ -60,7 +60,10 @@ def _first_ready(device: Device, precisions: Sequence[str]) -> tuple[list[tuple[
         return [(preference.flow, precision) for precision in wanted], remarks
     listed = ", ".join(f"{p.flow} {p.precision}" for p in device.flows)
     if precisions and not any(p in load_backend(f).precisions() for f in flow_names() for p in precisions):
-        raise BadInput(f"no flow of this installation has the precision {', '.join(precisions)}")
+        known = sorted({p for flow in flow_names() for p in load_backend(flow).precisions()})
+        raise BadInput(
+            f"no flow of this installation has the precision {', '.join(precisions)}; known are {', '.join(known)}"
+        )
     raise ToolchainMissing(f"nothing that '{device.name}' lists can be lowered here ({listed}); {remarks[0]}")
 
 

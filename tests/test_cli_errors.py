@@ -503,10 +503,11 @@ def test_an_existing_output_is_kept_unless_forced(checkpoint: Checkpoint, output
 
 
 def test_an_existing_output_is_replaced_whole_when_forced(checkpoint: Checkpoint, outputs: Path) -> None:
-    (outputs / "bundle").mkdir()
+    assert export(checkpoint, outputs / "bundle").exit_code == 0
     (outputs / "bundle" / "mine.txt").write_text("mine")
     assert export(checkpoint, outputs / "bundle", "--force").exit_code == 0
     assert [file.name for file in outputs.iterdir()] == ["bundle"]
+    assert not (outputs / "bundle" / "mine.txt").exists()
     assert amoeba("bundle", "verify", outputs / "bundle").exit_code == 0
 
 
@@ -514,10 +515,19 @@ def test_a_forced_output_stays_as_it_was_when_the_command_fails(
     checkpoint: Checkpoint, outputs: Path, tmp_path: Path
 ) -> None:
     (outputs / "made").mkdir()
-    (outputs / "made" / "mine.txt").write_text("mine")
+    (outputs / "made" / "amoeba.json").write_text("mine")
     create = ("checkpoint", "create", checkpoint.model.path, "--selection", tmp_path, "-o", outputs / "made")
     assert "selection.json" in sentence(amoeba(*create, "--force"), 2)
-    assert [file.name for file in outputs.rglob("*")] == ["made", "mine.txt"]
+    assert [file.name for file in outputs.rglob("*")] == ["made", "amoeba.json"]
+
+
+def test_force_never_replaces_a_folder_that_somebody_else_wrote(checkpoint: Checkpoint, outputs: Path) -> None:
+    (outputs / "photos").mkdir()
+    (outputs / "photos" / "mine.txt").write_text("mine")
+    assert "was not written by amoeba" in sentence(export(checkpoint, outputs / "photos", "--force"), 2)
+    assert (outputs / "photos" / "mine.txt").read_text() == "mine"
+    (outputs / "empty").mkdir()
+    assert export(checkpoint, outputs / "empty", "--force").exit_code == 0
 
 
 def test_an_output_below_a_file_is_refused(checkpoint: Checkpoint, outputs: Path) -> None:

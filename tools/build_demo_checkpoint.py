@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import tempfile
 from itertools import islice
 from pathlib import Path
@@ -127,7 +126,6 @@ def main() -> None:
     parser.add_argument("trained", type=Path, help="What train_demo.py wrote.")
     parser.add_argument("--tokens", default="12.3 million", help="How many tokens it was trained on, for its card.")
     arguments = parser.parse_args()
-    shutil.rmtree(DEMO / "checkpoint", ignore_errors=True)
     build(arguments.trained, arguments.tokens)
 
 

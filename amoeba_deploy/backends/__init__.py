@@ -34,7 +34,7 @@ def load_backend(flow: str) -> Backend:
             f"this version of Amoeba has no backend for the flow '{flow}'; it lowers to {', '.join(_MODULES)}"
         )
     if flow not in _MODULES:
-        close = difflib.get_close_matches(flow, [*_MODULES, *PLANNED_FLOWS], 1)
+        close = difflib.get_close_matches(flow, _MODULES, 1)
         hint = f"; did you mean '{close[0]}'?" if close else ""
         raise BadInput(f"'{flow}' is not a flow; known are {', '.join(_MODULES)}{hint}")
     return cast(Backend, import_module(f"{__name__}.{_MODULES[flow]}").BACKEND)
