@@ -22,7 +22,7 @@ from amoeba_deploy.model_folder import ModelFolder, resolve_model
 from amoeba_deploy.plan import NEURON_MULTIPLE, Plan, read_plan, sized, subnet_widths
 from amoeba_deploy.quality import WIDTHS, Quality, read_quality
 from amoeba_deploy.selection import Selection, read_selection
-from amoeba_deploy.shape import Shape, parse_width, width_to_json
+from amoeba_deploy.shape import Policy, Shape, parse_width, width_to_json
 
 CHECKPOINT_FORMAT = "amoeba.checkpoint/1"
 EMBEDDED = Path(__file__).parent / "demo" / "checkpoint"
@@ -72,17 +72,25 @@ class Checkpoint:
         """The sizes of a shape's subnet."""
         return sized(self.architecture, shape, self.multiple)
 
+    def require_whole_blocks(self) -> None:
+        """Raise BadInput where depths remove attention and feed-forward apart: no latency is known of such blocks."""
+        if not self.selection.whole_blocks:
+            raise BadInput(
+                f"{self.path}: its selection removes attention and feed-forward apart, and latencies are known of whole "
+                f"blocks only; extract and evaluate its shapes, or select again with --units block"
+            )
+
     def plan(self, shape: Shape, multiple: int | None = None) -> Plan:
         """The exact units of a shape; raises BadInput where the selection does not cover its depth."""
         if shape.depth > self.architecture.depth:
             raise BadInput(f"the shape {shape} asks for {shape.depth} blocks; the model has {self.architecture.depth}")
         return self.selection.plan(self.architecture, shape, multiple or self.multiple)
 
-    def plan_of(self, text: str, multiple: int | None = None) -> Plan:
+    def plan_of(self, text: str, multiple: int | None = None, policy: Policy = "uniform") -> Plan:
         """The plan of ``--shape``: a shape such as 24x0.75, or the path of a plan file."""
         if text.endswith(".json"):
             return read_plan(Path(text), self.architecture)
-        return self.plan(Shape.parse(text), multiple)
+        return self.plan(Shape.parse(text, policy), multiple)
 
     def origin(self) -> dict[str, Any]:
         """What derived models say about where they come from."""

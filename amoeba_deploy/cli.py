@@ -20,7 +20,9 @@ import click
 from amoeba_deploy import __version__
 from amoeba_deploy.errors import AmoebaError, BadInput
 from amoeba_deploy.options import (
+    Memory,
     Seconds,
+    Workers,
     checkpoint_argument,
     comma_list,
     output_options,
@@ -28,6 +30,7 @@ from amoeba_deploy.options import (
     workload_options,
 )
 from amoeba_deploy.progress import Progress
+from amoeba_deploy.shape import Policy
 
 
 class Commands(click.Group):
@@ -136,26 +139,68 @@ def devices(name: str | None, as_json: bool, quiet: bool) -> None:
 @main.command()
 @click.argument("model")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to write.")
-@click.option("--calibration", type=click.Path(path_type=Path), required=True, help="Text file.")
-@click.option("--samples", type=click.IntRange(1), default=64, show_default=True, help="Rows of calibration text.")
+@click.option(
+    "--calibration",
+    required=True,
+    help="Text file, JSON-lines file of questions, or a name: wikitext2, bookcorpus, mmlu, ...",
+)
+@click.option("--width-calibration", help="Other data for heads and neurons.  [default: the same]")
+@click.option(
+    "--depth-method",
+    type=click.Choice(["dp", "shortened-ppl", "shortened-taylor", "angular", "first"]),
+    default="dp",
+    show_default=True,
+    help="How blocks are chosen.",
+)
+@click.option(
+    "--width-method",
+    type=click.Choice(["flap", "wanda", "magnitude", "taylor"]),
+    default="flap",
+    show_default=True,
+    help="How heads and neurons are scored.",
+)
+@click.option(
+    "--metric",
+    type=click.Choice(["loss", "accuracy", "choice-loss"]),
+    help="What blocks are chosen by.  [default: loss of a text, accuracy on questions]",
+)
+@click.option(
+    "--samples",
+    type=click.IntRange(1),
+    help="Rows of text, or questions.  [default: 64 rows; all questions of a file, 40 of a name]",
+)
 @click.option("--sequence", type=click.IntRange(2), default=256, show_default=True, help="Tokens a row.")
 @click.option("--min-depth", type=int, help="Smallest depth to select for.  [default: half of the blocks]")
 @click.option("--keep-last", type=click.IntRange(0), default=1, show_default=True, help="Last blocks never removed.")
+@click.option(
+    "--units",
+    type=click.Choice(["block", "sublayer"]),
+    default="block",
+    show_default=True,
+    help="Remove blocks, or attention and feed-forward apart.",
+)
+@click.option("--beam", type=click.IntRange(1), default=1, show_default=True, help="Sets of blocks kept a cell.")
+@click.option("--offload", is_flag=True, help="Read blocks from disk one at a time: for models beyond this memory.")
+@click.option(
+    "--state-memory", type=Memory(), default="4GB", show_default=True, help="For hidden states; less costs time only."
+)
+@click.option("--workers", type=Workers(), help="ray, or ray:N: spread the work over a Ray cluster.")
+@click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped.")
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @output_options
 def select(
     model: str,
     output: Path,
-    calibration: Path,
-    samples: int,
-    sequence: int,
-    min_depth: int | None,
-    keep_last: int,
+    calibration: str,
+    width_calibration: str | None,
     force: bool,
     as_json: bool,
     quiet: bool,
+    state_memory: float,
+    min_depth: int | None,
+    **asked: Any,
 ) -> None:
-    """Choose blocks, heads and neurons of MODEL on a calibration text (stage 1).
+    """Choose blocks, heads and neurons of MODEL on calibration data (stage 1).
 
     \b
     amoeba select models/stories260K -o selection --calibration stories.txt
@@ -164,24 +209,19 @@ def select(
     from amoeba_deploy.files import whole_folder
     from amoeba_deploy.model_folder import ModelFolder, resolve_model
     from amoeba_deploy.selection import write_selection
+    from amoeba_deploy.stage1 import Settings
     from amoeba_deploy.stage1 import select as run_selection
 
-    with whole_folder(output, force, (Path(model), calibration)) as folder:
+    settings = Settings(minimum_depth=min_depth, state_memory=int(state_memory), **asked)
+    inputs = [Path(name) for name in (model, calibration, width_calibration) if name and Path(name).exists()]
+    with whole_folder(output, force, inputs) as folder:
         opened = ModelFolder(resolve_model(model))
         opened.check_shapes()
         selection = run_selection(
-            opened,
-            calibration,
-            samples=samples,
-            sequence=sequence,
-            minimum_depth=min_depth,
-            keep_last=keep_last,
-            progress=Progress(quiet),
+            opened, calibration, settings, width_calibration=width_calibration, progress=Progress(quiet)
         )
         write_selection(folder, selection)
-    table = {
-        str(d): {"kept": list(c.kept), "metric": c.metric} for d, c in sorted(selection.depths.items(), reverse=True)
-    }
+    table = {str(d): c.to_json() for d, c in sorted(selection.depths.items(), reverse=True)}
     emit(
         {"path": str(output), **selection.facts, "depth": table},
         as_json,
@@ -274,6 +314,13 @@ def checkpoint_verify(checkpoint: Path | None, as_json: bool, quiet: bool) -> No
 @click.option("--shape", required=True, help="Such as 24x0.75, or a plan file.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder to write.")
 @click.option(
+    "--policy",
+    type=click.Choice(["uniform", "adaptive"]),
+    default="uniform",
+    show_default=True,
+    help="Every block alike, or by one threshold over all; then padded to the widest block.",
+)
+@click.option(
     "--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), help="Of the weights.  [default: the base model's]"
 )
 @click.option(
@@ -286,6 +333,7 @@ def extract(
     checkpoint: Path | None,
     shape: str,
     output: Path | None,
+    policy: Policy,
     dtype: str | None,
     multiple: int | None,
     plan_only: bool,
@@ -303,7 +351,7 @@ def extract(
     from amoeba_deploy.files import json_text, whole_folder
 
     opened = open_named(checkpoint)
-    plan = opened.plan_of(shape, multiple)
+    plan = opened.plan_of(shape, multiple, policy)
     if plan_only:
         click.echo(json_text(plan.to_json()), nl=False)
         return

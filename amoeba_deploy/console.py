@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from amoeba_deploy.profiles.table import Table
     from amoeba_deploy.request import Answer, ExportAnswer
     from amoeba_deploy.search import Candidate
-    from amoeba_deploy.selection import Selection
+    from amoeba_deploy.selection import DepthChoice, Selection
 
 
 def columns(rows: Sequence[Sequence[str]], head: Sequence[str]) -> None:
@@ -91,12 +91,21 @@ def print_device(device: Device) -> None:
 
 def print_selection(selection: Selection, output: Path) -> None:
     """Kept blocks and the calibration metric of each depth."""
+    facts = selection.facts
     rows = [
-        [str(depth), f"{choice.metric:.4f}", " ".join(map(str, choice.kept))]
+        [str(depth), f"{choice.metric:.4f}", kept_text(choice)]
         for depth, choice in sorted(selection.depths.items(), reverse=True)
     ]
-    columns(rows, ["depth", selection.facts["metric"], "kept blocks"])
-    click.echo(f"{output}: written in {selection.facts['seconds']:.1f} s")
+    columns(rows, ["depth", facts["metric"], "kept blocks"])
+    spent = facts["block_evaluations"]
+    plain = f" where the plain recurrence takes {spent['naive']}" if "naive" in spent else ""
+    click.echo(f"{output}: written in {facts['seconds']:.1f} s, {spent['measured']:g} block evaluations{plain}")
+
+
+def kept_text(choice: DepthChoice) -> str:
+    """Kept blocks for people; ``3a`` is the attention alone of block 3, ``3f`` its feed-forward alone."""
+    marks = dict.fromkeys(choice.without_feed_forward, "a") | dict.fromkeys(choice.without_attention, "f")
+    return " ".join(f"{index}{marks.get(index, '')}" for index in choice.kept)
 
 
 def checkpoint_json(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -138,7 +147,7 @@ def print_checkpoint(checkpoint: Checkpoint) -> None:
         f"width {float(checkpoint.minimum_width):g} to 1"
     )
     for depth, choice in sorted(checkpoint.selection.depths.items(), reverse=True):
-        click.echo(f"  depth {depth}: keeps blocks {' '.join(map(str, choice.kept))}")
+        click.echo(f"  depth {depth}: keeps blocks {kept_text(choice)}")
     if quality is None:
         click.echo("  quality: not measured; shapes are ranked by parameters kept")
         return

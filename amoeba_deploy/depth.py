@@ -1,120 +1,131 @@
 """Which blocks to keep at every depth, by dynamic programming over single blocks (AmoebaLLM, section 3.2).
 
-Cell (n, m) holds the best choice that removes m blocks among the n *last* candidate blocks, all earlier ones kept:
+Cell (n, m) holds the best choice that removes m units among the n *last* candidates, all earlier ones kept:
 
     cell(n, m) = the better of   cell(n-1, m)                       the n-th candidate stays
                                  cell(n-1, m-1) plus the n-th one   measured by running the shrunken model
 
-A tie keeps the first. The last ``keep_last`` blocks are never candidates. Each cell is measured by the loss of the
-remaining blocks on calibration text. In cell (n, m) everything before the n-th candidate is the untouched model, so
-its hidden states are computed once for all cells and each measurement starts from them.
+A tie keeps the first. The last units are never candidates (``keep_last``). Only the second option is measured, all
+cells of one column n together: in them everything before the n-th candidate is the untouched model. What a new set has
+to beat is known before it is measured.
+
+With a beam of K a cell holds its K best sets instead of one, and each of them is extended; K = 1 is the paper's.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
+from amoeba_deploy.blocks import Units
 from amoeba_deploy.errors import BadInput
-from amoeba_deploy.selection import DepthChoice
+from amoeba_deploy.removal import Removed, Remover, Trial, describe, total
 
-if TYPE_CHECKING:
-    import torch
-
-Measure = Callable[[int, tuple[int, ...]], float]
-"""(boundary, removed) -> loss: all blocks before ``boundary`` are kept; ``removed`` lie at or after it."""
+Ranked = list[tuple[Removed, float]]
+"""The best sets of a cell, best first, each with its metric's sum over the calibration data (lower is better)."""
 
 
-def cells(blocks: int, removals: int, keep_last: int) -> list[tuple[int, int]]:
-    """All (n, m) whose second option is measured, in the order in which they are filled."""
-    candidates = blocks - keep_last
-    return [(n, m) for n in range(1, candidates + 1) for m in range(1, min(n, removals) + 1)]
+@dataclass
+class Column:
+    """All cells of one column: ``cells[m]`` is the best that removes m of the last ``candidates`` candidates."""
+
+    candidates: int = 0
+    cells: list[Ranked] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """The column as JSON values; ``from_json`` reads it back exactly."""
+        return {"candidates": self.candidates, "cells": [[[list(r), c] for r, c in cell] for cell in self.cells]}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Column:
+        """A column from what ``to_json`` gave; raises KeyError, TypeError or ValueError where it is none."""
+        cells = [[(tuple(int(u) for u in removed), float(cost)) for removed, cost in cell] for cell in value["cells"]]
+        return cls(int(value["candidates"]), cells)
 
 
-def choose_blocks(
-    blocks: int,
-    removals: int,
-    keep_last: int,
-    full_loss: float,
-    measure: Measure,
-    step: Callable[[], None] | None = None,
-) -> dict[int, DepthChoice]:
-    """The kept blocks for every depth from ``blocks`` down to ``blocks - removals``.
+def removals_of_column(n: int, removals: int) -> range:
+    """The numbers of removed units whose cells in column n are measured."""
+    return range(1, min(n, removals) + 1)
+
+
+def naive_evaluations(units: int, removals: int, keep_last: int) -> int:
+    """Unit evaluations of the plain recurrence: every cell runs the whole shrunken model of units - m units."""
+    return sum(units - m for n in range(1, units - keep_last + 1) for m in removals_of_column(n, removals))
+
+
+def prefix_evaluations(units: int, removals: int, keep_last: int) -> int:
+    """Unit evaluations when each cell starts from the untouched model's states in front of its candidate."""
+    return sum(n + keep_last - m for n in range(1, units - keep_last + 1) for m in removals_of_column(n, removals))
+
+
+def check_finite(removed: Removed, cost: float, units: Units) -> None:
+    """Raise BadInput, naming the removed units, where a metric is not a finite number."""
+    if not math.isfinite(cost):
+        without = f"the model without {describe(removed, units)}" if removed else "the full model"
+        raise BadInput(f"{without} gives logits that are not finite on the calibration data; its weights are damaged")
+
+
+def next_column(remover: Remover, column: Column, removals: int, keep_last: int, beam: int, units: Units) -> Column:
+    """The column with one candidate more.
 
     Raises:
-        BadInput: more blocks are to be removed than there are candidates, or a loss is not finite.
+        BadInput: a set of blocks gives logits that are not finite.
     """
-    if not 0 <= removals <= blocks - keep_last or keep_last < 0:
+    n = column.candidates + 1
+    boundary = remover.units - keep_last - n
+    kept: list[Ranked] = [column.cells[m] if m < len(column.cells) else [] for m in range(min(n, removals) + 1)]
+    trials: list[Trial] = []
+    owners: list[int] = []
+    for m in removals_of_column(n, removals):
+        limit = kept[m][-1][1] if len(kept[m]) == beam else math.inf
+        for removed, _ in column.cells[m - 1]:
+            trials.append(Trial((boundary, *removed), limit))
+            owners.append(m)
+    cells = [list(cell) for cell in kept]
+    for m, trial, costs in zip(owners, trials, remover.costs(boundary, trials), strict=True):
+        cost = total(costs)
+        check_finite(trial.removed, cost, units)
+        if cost < trial.limit:
+            cells[m].append((trial.removed, cost))
+    # Sorting is stable and those without the new candidate come first, so that a tie keeps the candidate.
+    return Column(n, [sorted(cell, key=lambda entry: entry[1])[:beam] for cell in cells])
+
+
+def choose(
+    remover: Remover,
+    removals: int,
+    keep_last: int,
+    full_cost: float,
+    *,
+    units: Units = "block",
+    beam: int = 1,
+    start: Column | None = None,
+    done: Callable[[Column], None] = lambda _: None,
+) -> list[tuple[Removed, float]]:
+    """For m = 0 .. removals the units to remove, and the metric's sum without them.
+
+    Args:
+        remover: measures sets of removed units.
+        removals: the most units to remove.
+        keep_last: units at the end that are never removed.
+        full_cost: the metric's sum of the whole model.
+        units: what a unit is.
+        beam: sets kept a cell.
+        start: a column to go on from, where an earlier run was interrupted.
+        done: told of every finished column.
+
+    Raises:
+        BadInput: more units are to be removed than there are candidates, or logits are not finite.
+    """
+    candidates = remover.units - keep_last
+    if not 0 <= removals <= candidates or keep_last < 0:
         raise BadInput(
-            f"{removals} of {blocks} blocks cannot be removed while the last {keep_last} are kept; raise --min-depth"
+            f"{removals} of {remover.units} cannot be removed while the last {keep_last} are kept; raise --min-depth"
         )
-    best: dict[tuple[int, int], tuple[tuple[int, ...], float]] = {(0, 0): ((), full_loss)}
-    for n, m in cells(blocks, removals, keep_last):
-        boundary = blocks - keep_last - n
-        best[n, 0] = ((), full_loss)
-        kept = best.get((n - 1, m))
-        removed = (boundary, *best[n - 1, m - 1][0])
-        loss = measure(boundary, removed)
-        if not math.isfinite(loss):
-            raise BadInput(f"the model without blocks {list(removed)} gives logits that are not finite")
-        best[n, m] = kept if kept is not None and kept[1] <= loss else (removed, loss)
-        if step is not None:
-            step()
-    last = blocks - keep_last
-    table = {m: best[last, m] if last else ((), full_loss) for m in range(removals + 1)}
-    return {
-        blocks - m: DepthChoice(tuple(i for i in range(blocks) if i not in removed), loss)
-        for m, (removed, loss) in table.items()
-    }
-
-
-class BlockRunner:
-    """Runs chosen blocks of a stock transformers model over fixed calibration rows [rows, length]."""
-
-    def __init__(self, model: Any, rows: torch.Tensor, rows_at_once: int = 16) -> None:
-        import torch
-
-        self.model, self.rows = model.model, rows
-        self.head = model.lm_head
-        self.batches = torch.split(rows, rows_at_once)
-        length = rows.shape[1]
-        self.positions = torch.arange(length)[None]
-        self.evaluations = 0
-        self._boundary = 0
-        with torch.inference_mode():
-            self._states = [self.model.embed_tokens(batch) for batch in self.batches]
-            self._rotary = self.model.rotary_emb(self._states[0], self.positions)
-
-    def _run(self, state: torch.Tensor, index: int) -> torch.Tensor:
-        output = self.model.layers[index](
-            state, attention_mask=None, position_ids=self.positions, position_embeddings=self._rotary
-        )
-        found: torch.Tensor = output[0] if isinstance(output, tuple) else output
-        return found
-
-    def _states_at(self, boundary: int) -> list[torch.Tensor]:
-        """Hidden states of the untouched model in front of a block."""
-        if boundary < self._boundary:
-            self._boundary, self._states = 0, [self.model.embed_tokens(batch) for batch in self.batches]
-        for index in range(self._boundary, boundary):
-            self._states = [self._run(state, index) for state in self._states]
-            self.evaluations += 1
-        self._boundary = boundary
-        return self._states
-
-    def loss(self, boundary: int, removed: tuple[int, ...]) -> float:
-        """Mean next-token loss in nats with all blocks but ``removed``, none of which lies before ``boundary``."""
-        import torch
-
-        kept = [index for index in range(boundary, len(self.model.layers)) if index not in removed]
-        total = 0.0
-        with torch.inference_mode():
-            for state, batch in zip(self._states_at(boundary), self.batches, strict=True):
-                for index in kept:
-                    state = self._run(state, index)
-                logits = self.head(self.model.norm(state))[:, :-1].float()
-                wanted = batch[:, 1:].flatten()
-                total += float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted, reduction="sum"))
-        self.evaluations += len(kept)
-        return total / (self.rows.shape[0] * (self.rows.shape[1] - 1))
+    column = start or Column(0, [[((), full_cost)]])
+    while column.candidates < candidates:
+        column = next_column(remover, column, removals, keep_last, beam, units)
+        done(column)
+    return [column.cells[m][0] for m in range(removals + 1)]

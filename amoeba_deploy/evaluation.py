@@ -94,7 +94,7 @@ def text_rows(file: Path, tokenizer: Tokenizer, length: int = SEQUENCE, rows: in
 def read_questions(file: Path) -> list[Question]:
     """A JSON-lines file of ``question``, ``choices``, ``gold``; raises BadInput with the line that is wrong."""
     questions = []
-    for number, line in enumerate(read_text(file).splitlines(), 1):
+    for number, line in enumerate(read_text(file).split("\n"), 1):
         if not line.strip():
             continue
         try:

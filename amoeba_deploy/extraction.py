@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -79,6 +79,18 @@ def cut_tensor(array: Array, axes: Axes, cut: Cut) -> Array:
     return array
 
 
+OUTPUT_BIASES = ("self_attn.o_proj.bias", "mlp.down_proj.bias")
+"""What a sublayer adds whatever its units give; it goes with the whole sublayer."""
+
+
+def _units_behind(block: BlockPlan, name: str) -> tuple[int, ...]:
+    return block.kv_heads if name.startswith("self_attn") else block.neurons
+
+
+def _zeros(source: TensorSource) -> TensorSource:
+    return replace(source, values=lambda: np.zeros_like(source.values()))
+
+
 def subnet_tensors(model: ModelFolder, plan: Plan, dtype: str, layout: Layout = "uniform") -> dict[str, TensorSource]:
     """All tensors of a subnet, in the order in which decoding reads them; values are made when they are written."""
     sizes, tensors = model.architecture, model.tensors
@@ -95,6 +107,8 @@ def subnet_tensors(model: ModelFolder, plan: Plan, dtype: str, layout: Layout = 
         for name, axes in model.family.block_tensors(sizes).items():
             new = f"model.layers.{position}.{name}"
             sources[new] = source(f"model.layers.{block.index}.{name}", axes, cut)
+            if name in OUTPUT_BIASES and not _units_behind(block, name):
+                sources[new] = _zeros(sources[new])
     for name in model.family.other_tensors(sizes)[1:]:
         sources[name] = source(name, (None,) * len(tensors.info(name).shape), {})
     return sources

@@ -1,55 +1,63 @@
-"""How important every key/value group and neuron is, from one pass over calibration text (FLAP, arXiv 2312.11983).
+"""How important every key/value group and neuron is, from one pass over calibration text.
 
-For each input channel j of o_proj and down_proj: the mean and the variance ("fluctuation") of its activation over all
-calibration tokens. A channel scores variance_j * sum_i W_ij^2 (FLAP's WIFV). For attention that score is squared,
-standardised over the block's channels and averaged over the channels of a key/value group; for the feed-forward it is
-standardised over the block's neurons. A channel that hardly fluctuates can be replaced by its mean, so it scores low.
+``flap`` (FLAP, arXiv 2312.11983): for each input channel j of o_proj and down_proj the variance ("fluctuation") of its
+activation; the channel scores variance_j * sum_i W_ij^2 (WIFV). For attention that is squared, standardised over the
+block's channels and averaged over a group's. A channel that hardly fluctuates could be its mean: it scores
+low.
+
+``wanda`` (Wanda, arXiv 2306.11695, in FLAP's structured form Wanda-sp): the channel scores sum_i |W_ij| * norm of its
+activation; a group the sum over its channels.
+
+``magnitude``: the Euclidean norm of all weights that go when the unit goes (q, k and v rows and o_proj columns of a
+group; gate and up rows and the down column of a neuron).
+
+``taylor`` (LLM-Pruner, arXiv 2305.11627, element-wise first order): over those same weights the sum of |weight x
+gradient of the loss|.
+
+Every method's scores are standardised within a block, groups and neurons apart, so that one threshold can be laid over
+all blocks (plan.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from amoeba_deploy.architecture import Architecture
+from amoeba_deploy.blocks import Blocks, Forward, chunks
+from amoeba_deploy.calibration import Batch
+from amoeba_deploy.lanes import Lanes
+from amoeba_deploy.model_folder import ModelFolder
+from amoeba_deploy.moments import Moments, Vector, merge, moments_of
 from amoeba_deploy.selection import BlockScores
 
 if TYPE_CHECKING:
     import torch
 
-Vector = NDArray[np.float64]
+WidthMethod = Literal["flap", "wanda", "magnitude", "taylor"]
+WIDTH_METHODS: tuple[WidthMethod, ...] = get_args(WidthMethod)
+Weight = Callable[[str], NDArray[np.float32]]
+"""A block's matrix [out, in] by its name, such as ``mlp.down_proj``."""
+GROUP_ROWS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+GROUP_COLUMNS, NEURON_ROWS, NEURON_COLUMNS = "self_attn.o_proj", ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"
+MATRICES = (*GROUP_ROWS, GROUP_COLUMNS, *NEURON_ROWS, NEURON_COLUMNS)
 
 
-@dataclass
-class RunningMoments:
-    """Mean and variance of channels [n] over batches, merged pairwise (Chan, Golub, LeVeque 1979) in float64."""
+@dataclass(frozen=True)
+class BlockMoments:
+    """Moments of the inputs of o_proj [H*h] and of down_proj [F] in one block."""
 
-    count: int = 0
-    mean: Vector = field(default_factory=lambda: np.zeros(0))
-    squares: Vector = field(default_factory=lambda: np.zeros(0))
+    attention: Moments
+    feed_forward: Moments
 
-    def add(self, values: NDArray[Any]) -> None:
-        """Take in a batch of samples [samples, n]."""
-        batch = values.astype(np.float64, copy=False)
-        mean = batch.mean(axis=0)
-        squares = ((batch - mean) ** 2).sum(axis=0)
-        if self.count == 0:
-            self.count, self.mean, self.squares = len(batch), mean, squares
-            return
-        total = self.count + len(batch)
-        delta = mean - self.mean
-        self.squares = self.squares + squares + delta**2 * (self.count * len(batch) / total)
-        self.mean = self.mean + delta * (len(batch) / total)
-        self.count = total
-
-    @property
-    def variance(self) -> Vector:
-        """Population variance of each channel."""
-        return self.squares / self.count
+    def merged(self, other: BlockMoments) -> BlockMoments:
+        """Both sets of samples together."""
+        return BlockMoments(self.attention.merged(other.attention), self.feed_forward.merged(other.feed_forward))
 
 
 def standardise(values: Vector) -> Vector:
@@ -58,61 +66,143 @@ def standardise(values: Vector) -> Vector:
     return (values - values.mean()) / spread if spread > 0 else np.zeros_like(values)
 
 
-def channel_scores(variance: Vector, weight: NDArray[np.float32]) -> Vector:
-    """WIFV of each input channel [n] from its variance [n] and the weight [out, n] that reads it."""
-    scores: Vector = variance * (weight.astype(np.float64) ** 2).sum(axis=0)
+def flap_channels(moments: Moments, weight: NDArray[np.float32]) -> Vector:
+    """WIFV of each input channel [n] from its moments and the weight [out, n] that reads it."""
+    scores: Vector = moments.variance * np.square(weight, dtype=np.float64).sum(axis=0)
     return scores
 
 
-def group_scores(channels: Vector, kv_heads: int) -> Vector:
-    """One score a key/value group [G] from those of o_proj's channels [H*h], query heads in group order."""
-    scores: Vector = standardise(channels**2).reshape(kv_heads, -1).mean(axis=1)
+def wanda_channels(moments: Moments, weight: NDArray[np.float32]) -> Vector:
+    """Wanda-sp of each input channel [n] from its moments and the weight [out, n] that reads it."""
+    scores: Vector = moments.norm * np.abs(weight).sum(axis=0, dtype=np.float64)
     return scores
 
 
-def _watch(layer: Any, attention: RunningMoments, feed_forward: RunningMoments) -> list[Any]:
-    def record(moments: RunningMoments) -> Callable[[Any, tuple[torch.Tensor, ...]], None]:
+def _grouped(channels: Vector, groups: int) -> Vector:
+    """Channels [H*h], query heads in group order, as [groups, channels a group]."""
+    return channels.reshape(groups, -1)
+
+
+def activation_scores(
+    method: WidthMethod, moments: BlockMoments, weight: Weight, kv_heads: int
+) -> tuple[Vector, Vector]:
+    """Scores of groups [G] and neurons [F] by ``flap`` or ``wanda``."""
+    output, down = weight(GROUP_COLUMNS), weight(NEURON_COLUMNS)
+    if method == "flap":
+        channels = standardise(flap_channels(moments.attention, output) ** 2)
+        return _grouped(channels, kv_heads).mean(axis=1), standardise(flap_channels(moments.feed_forward, down))
+    groups = _grouped(wanda_channels(moments.attention, output), kv_heads).sum(axis=1)
+    return standardise(groups), standardise(wanda_channels(moments.feed_forward, down))
+
+
+def unit_sums(values: Weight, kv_heads: int) -> tuple[Vector, Vector]:
+    """Sums of what belongs to each group [G] and each neuron [F], over matrices [out, in] of one number a weight."""
+
+    def rows(name: str) -> Vector:
+        return np.asarray(values(name).sum(axis=1, dtype=np.float64))
+
+    def columns(name: str) -> Vector:
+        return np.asarray(values(name).sum(axis=0, dtype=np.float64))
+
+    heads = sum(_grouped(rows(name), kv_heads).sum(axis=1) for name in GROUP_ROWS)
+    heads = heads + _grouped(columns(GROUP_COLUMNS), kv_heads).sum(axis=1)
+    neurons = sum(rows(name) for name in NEURON_ROWS) + columns(NEURON_COLUMNS)
+    return np.asarray(heads), np.asarray(neurons)
+
+
+def magnitude_scores(weight: Weight, kv_heads: int) -> tuple[Vector, Vector]:
+    """Scores of groups [G] and neurons [F] by the norm of their weights."""
+    heads, neurons = unit_sums(lambda name: np.square(weight(name)), kv_heads)
+    return standardise(np.sqrt(heads)), standardise(np.sqrt(neurons))
+
+
+class _Watch:
+    """Takes the inputs of o_proj and down_proj of one layer while it runs, each lane its own."""
+
+    def __init__(self, layer: Any) -> None:
+        self.layer, self._taken = layer, threading.local()
+
+    def __enter__(self) -> _Watch:
+        watched = {"attention": self.layer.self_attn.o_proj, "feed_forward": self.layer.mlp.down_proj}
+        self._hooks = [module.register_forward_pre_hook(self._take(name)) for name, module in watched.items()]
+        return self
+
+    def _take(self, name: str) -> Callable[[Any, tuple[torch.Tensor, ...]], None]:
         def hook(_module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
-            moments.add(inputs[0].flatten(0, -2).float().numpy())
+            setattr(self._taken, name, inputs[0])
 
         return hook
 
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def moments(self, batch: Batch) -> BlockMoments:
+        """Of what this lane's last run took."""
+        taken = self._taken
+        return BlockMoments(moments_of(batch.real(taken.attention)), moments_of(batch.real(taken.feed_forward)))
+
+
+def activation_moments(
+    blocks: Blocks,
+    batches: Sequence[Batch],
+    memory: int,
+    step: Callable[[], None] = lambda: None,
+    lanes: Lanes | None = None,
+) -> list[list[BlockMoments]]:
+    """Of every batch the moments of every block, from one forward pass of the full model; ``step`` after each batch."""
+    forward = Forward(blocks, lanes=lanes)
+    found: list[list[BlockMoments]] = [[] for _ in batches]
+    for chunk in chunks(forward, batches, memory, 2):
+        some = [batches[number] for number in chunk]
+        states = forward.embed_all(some)
+        for index in range(blocks.depth):
+            with _Watch(blocks.block(index)) as watch:
+
+                def one(batch: Batch, state: torch.Tensor) -> tuple[torch.Tensor, BlockMoments]:
+                    return forward.run(index, state), watch.moments(batch)  # noqa: B023  # called before they change
+
+                made = forward.lanes.map(one, some, states)
+            states = [state for state, _ in made]
+            for number, (_, moments) in zip(chunk, made, strict=True):
+                found[number].append(moments)
+        for _ in chunk:
+            step()
+    return found
+
+
+def merge_batches(found: Sequence[Sequence[BlockMoments]]) -> list[BlockMoments]:
+    """The moments of every block over all batches, merged in the order of the batches."""
     return [
-        layer.self_attn.o_proj.register_forward_pre_hook(record(attention)),
-        layer.mlp.down_proj.register_forward_pre_hook(record(feed_forward)),
+        BlockMoments(merge(part.attention for part in parts), merge(part.feed_forward for part in parts))
+        for parts in zip(*found, strict=True)
     ]
 
 
-def score_blocks(
-    model: Any,
-    architecture: Architecture,
-    rows: torch.Tensor,
-    step: Callable[[], None] | None = None,
-    rows_at_once: int = 8,
+def block_scores(
+    folder: ModelFolder,
+    method: WidthMethod,
+    moments: Sequence[BlockMoments],
+    saliences: Sequence[tuple[Vector, Vector]] | None = None,
 ) -> tuple[BlockScores, ...]:
-    """Scores and activation means of every block, from one forward pass over rows of token ids [rows, length]."""
-    import torch
+    """Scores and activation means of every block; its matrices are read from the folder, one after the other.
 
-    layers = model.model.layers
-    moments = [(RunningMoments(), RunningMoments()) for _ in layers]
-    hooks = [hook for layer, pair in zip(layers, moments, strict=True) for hook in _watch(layer, *pair)]
-    try:
-        with torch.inference_mode():
-            for batch in torch.split(rows, rows_at_once):
-                model.model(input_ids=batch, use_cache=False)
-                if step is not None:
-                    step()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return tuple(_block_scores(layer, architecture, *pair) for layer, pair in zip(layers, moments, strict=True))
+    ``saliences`` are the sums over groups [G] and neurons [F] of each block that ``taylor`` needs (gradients.py).
+    """
+    sizes: Architecture = folder.architecture
+    found = []
+    for index, block in enumerate(moments):
 
+        def weight(name: str, index: int = index) -> NDArray[np.float32]:
+            return folder.tensors.float32(f"model.layers.{index}.{name}.weight")
 
-def _block_scores(
-    layer: Any, architecture: Architecture, attention: RunningMoments, feed_forward: RunningMoments
-) -> BlockScores:
-    output = layer.self_attn.o_proj.weight.detach().float().numpy()
-    down = layer.mlp.down_proj.weight.detach().float().numpy()
-    heads = group_scores(channel_scores(attention.variance, output), architecture.kv_heads)
-    neurons = standardise(channel_scores(feed_forward.variance, down))
-    return BlockScores(*(array.astype(np.float32) for array in (heads, neurons, attention.mean, feed_forward.mean)))
+        if method == "taylor":
+            assert saliences is not None
+            heads, neurons = map(standardise, saliences[index])
+        elif method == "magnitude":
+            heads, neurons = magnitude_scores(weight, sizes.kv_heads)
+        else:
+            heads, neurons = activation_scores(method, block, weight, sizes.kv_heads)
+        arrays = heads, neurons, block.attention.mean, block.feed_forward.mean
+        found.append(BlockScores(*(array.astype(np.float32) for array in arrays)))
+    return tuple(found)

@@ -59,6 +59,20 @@ class Memory(_Quantity):
     example = "8GB"
 
 
+class Workers(click.ParamType[int]):
+    """``ray`` or ``ray:N``: how many workers of a Ray cluster; 0 stands for one on each of its machines."""
+
+    name = "workers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"ray(?::([1-9]\d*))?", str(value))
+        if match is None:
+            self.fail(f"'{value}' is not known; write ray, or ray:4 for four workers", param, ctx)
+        return int(match[1] or 0)
+
+
 def comma_list(text: str | None) -> list[str]:
     """The parts of a text separated by commas; none where the option was left out."""
     return [part.strip() for part in (text or "").split(",") if part.strip()]

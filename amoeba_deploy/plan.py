@@ -28,7 +28,10 @@ NEURON_MULTIPLE = 32
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """What one kept block keeps: its index in the full model, and ascending indices of its units."""
+    """What one kept block keeps: its index in the full model, and ascending indices of its units.
+
+    A block may lack its attention (no heads) or its feed-forward (no neurons), not both.
+    """
 
     index: int
     kv_heads: tuple[int, ...]
@@ -90,29 +93,68 @@ def best_units(scores: NDArray[np.floating[Any]], count: int) -> NDArray[np.int6
     return np.sort(order[:count]).astype(np.int64)
 
 
+Scores = Callable[[int], tuple[NDArray[Any], NDArray[Any]]]
+"""For a block index the scores of its key/value groups [G] and neurons [F]; higher is better."""
+BlockRatios = tuple[Fraction, Fraction]
+"""The shares of a block's key/value groups and of its neurons that are kept."""
+
+
+def adaptive_ratios(architecture: Architecture, width: Fraction, scores: Scores) -> list[BlockRatios]:
+    """What each block of the full model keeps under one threshold over all blocks' groups and neurons together.
+
+    The best-scored units are kept until their matrix parameters reach ``width`` of all (FLAP's AL-AM, arXiv
+    2312.11983, section 3.3). Of equal scores the lower block is kept, in it groups before neurons, then the lower
+    index. The ranking is over the full model, whatever is kept of its depth, so plans are nested in depth and width.
+    """
+    sizes, d = architecture, architecture.hidden
+    per_block = sizes.kv_heads + sizes.neurons
+    group, neuron = 2 * (sizes.group + 1) * sizes.head_dim * d, 3 * d
+    ranked = np.concatenate([np.concatenate(scores(index)) for index in range(sizes.depth)]).astype(np.float64)
+    weights = np.tile([group] * sizes.kv_heads + [neuron] * sizes.neurons, sizes.depth)
+    order = np.argsort(-ranked, kind="stable")
+    reached = np.cumsum(weights[order])
+    wanted = -(-width.numerator * int(reached[-1]) // width.denominator)
+    block, place = np.divmod(order[: int(np.searchsorted(reached, wanted)) + 1], per_block)
+    groups = np.bincount(block[place < sizes.kv_heads], minlength=sizes.depth)
+    neurons = np.bincount(block[place >= sizes.kv_heads], minlength=sizes.depth)
+    return [
+        (Fraction(int(g), sizes.kv_heads), Fraction(int(n), sizes.neurons))
+        for g, n in zip(groups, neurons, strict=True)
+    ]
+
+
 def make_plan(
     architecture: Architecture,
     shape: Shape,
     kept_blocks: Sequence[int],
-    scores: Callable[[int], tuple[NDArray[Any], NDArray[Any]]],
+    scores: Scores,
     multiple: int = NEURON_MULTIPLE,
+    *,
+    without_attention: Sequence[int] = (),
+    without_feed_forward: Sequence[int] = (),
 ) -> Plan:
-    """The plan of a shape under the uniform policy.
+    """The plan of a shape under its policy.
 
     Args:
         architecture: sizes of the full model.
-        shape: what to keep; its depth must be ``len(kept_blocks)``.
+        shape: what to keep; its depth is ``len(kept_blocks)`` where all of them are whole.
         kept_blocks: ascending block indices, from the selection.
-        scores: for a block index the scores of its key/value groups [G] and neurons [F], higher is better.
+        scores: of every block; ``adaptive`` compares those of all blocks, removed ones too.
         multiple: neurons are kept in multiples of this.
+        without_attention: kept blocks of which no attention is kept.
+        without_feed_forward: kept blocks of which no feed-forward is kept.
     """
-    groups = kept_units(architecture.kv_heads, shape.width)
-    neurons = kept_units(architecture.neurons, shape.width, multiple)
+    ratios: list[BlockRatios] = [(shape.width, shape.width)] * architecture.depth
+    if shape.policy == "adaptive" and shape.width != 1:
+        ratios = adaptive_ratios(architecture, shape.width, scores)
     blocks = []
     for index in kept_blocks:
         head_scores, neuron_scores = scores(index)
-        kept = best_units(head_scores, groups), best_units(neuron_scores, neurons)
-        blocks.append(block_plan(architecture, index, *kept))
+        groups = kept_units(architecture.kv_heads, ratios[index][0])
+        neurons = kept_units(architecture.neurons, ratios[index][1], multiple)
+        kept_groups = best_units(head_scores, 0 if index in without_attention else groups)
+        kept_neurons = best_units(neuron_scores, 0 if index in without_feed_forward else neurons)
+        blocks.append(block_plan(architecture, index, kept_groups, kept_neurons))
     return Plan(shape, tuple(blocks))
 
 
@@ -129,9 +171,9 @@ def sized(architecture: Architecture, shape: Shape, multiple: int = NEURON_MULTI
 
 def _indices(entry: Mapping[str, Any], key: str, limit: int, where: str) -> tuple[int, ...]:
     values = entry.get(key)
-    if not isinstance(values, list) or not values or any(type(v) is not int for v in values):
-        raise BadInput(f"{where}: '{key}' must be a list of at least one whole number")
-    if sorted(set(values)) != values or values[0] < 0 or values[-1] >= limit:
+    if not isinstance(values, list) or any(type(v) is not int for v in values):
+        raise BadInput(f"{where}: '{key}' must be a list of whole numbers")
+    if sorted(set(values)) != values or any(not 0 <= value < limit for value in values):
         raise BadInput(f"{where}: '{key}' must ascend without repeats within 0..{limit - 1}")
     return tuple(values)
 
@@ -156,13 +198,17 @@ def plan_from_json(value: Any, architecture: Architecture, where: str) -> Plan:
         block = block_plan(architecture, index, groups, _indices(entry, "neurons", architecture.neurons, here))
         if block.heads != heads:
             raise BadInput(f"{here}: 'heads' must be the query heads of the kept key/value heads, all of them")
+        if not (groups or block.neurons):
+            raise BadInput(f"{here}: keeps neither heads nor neurons; leave the block out")
         blocks.append(block)
     if not isinstance(head, dict) or head.get("policy") not in ("uniform", "adaptive"):
         raise BadInput(f"{where}: 'shape' must name depth, width and policy")
-    shape = Shape(len(blocks), parse_width(str(head.get("width"))), head["policy"])
-    if head.get("depth") != len(blocks):
-        raise BadInput(f"{where}: 'shape' says {head.get('depth')} blocks and the plan has {len(blocks)}")
-    return Plan(shape, tuple(blocks))
+    sublayers = sum(bool(block.kv_heads) + bool(block.neurons) for block in blocks)
+    if head.get("depth") != -(-sublayers // 2):
+        raise BadInput(f"{where}: 'shape' says {head.get('depth')} blocks and the plan has {sublayers / 2:g}")
+    if not all(Plan(Shape(1, Fraction(1)), tuple(blocks)).widest):
+        raise BadInput(f"{where}: no block keeps its attention, or none its feed-forward; keep at least one of each")
+    return Plan(Shape(-(-sublayers // 2), parse_width(str(head.get("width"))), head["policy"]), tuple(blocks))
 
 
 def read_plan(path: Path, architecture: Architecture) -> Plan:

@@ -47,7 +47,8 @@ class Space:
 
     @classmethod
     def of_checkpoint(cls, checkpoint: Checkpoint) -> Space:
-        """All distinct subnets of a checkpoint."""
+        """All distinct subnets of a checkpoint; raises BadInput where no latency could be known of them."""
+        checkpoint.require_whole_blocks()
         return cls(
             checkpoint.name,
             checkpoint.architecture,

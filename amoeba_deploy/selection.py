@@ -7,6 +7,7 @@ folder holds ``selection.json`` and ``selection.safetensors``; docs/formats.md d
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,10 +46,41 @@ class BlockScores:
 
 @dataclass(frozen=True)
 class DepthChoice:
-    """The blocks kept at one depth, ascending, and the metric that they reached on the calibration data."""
+    """The blocks kept at one depth, ascending, and the metric that they reached on the calibration data.
+
+    Where attention and feed-forward were removed apart, ``kept`` has every block of which either stays, and a depth
+    counts two sublayers as one block.
+    """
 
     kept: tuple[int, ...]
     metric: float
+    without_attention: tuple[int, ...] = ()
+    without_feed_forward: tuple[int, ...] = ()
+
+    @property
+    def whole_blocks(self) -> bool:
+        """Whether every kept block keeps both its attention and its feed-forward."""
+        return not (self.without_attention or self.without_feed_forward)
+
+    def to_json(self) -> dict[str, Any]:
+        """The entry of selection.json."""
+        partial = {
+            "without_attention": list(self.without_attention),
+            "without_feed_forward": list(self.without_feed_forward),
+        }
+        return {"kept": list(self.kept), **({} if self.whole_blocks else partial), "metric": self.metric}
+
+
+def depth_choice(depth: int, removed: Sequence[int], metric: float, sublayers: bool) -> DepthChoice:
+    """What stays of a model of ``depth`` blocks without some units: blocks, or sublayers (2i attention, 2i+1 feed-
+    forward of block i)."""
+    if not sublayers:
+        return DepthChoice(tuple(index for index in range(depth) if index not in removed), metric)
+    gone = set(removed)
+    kept = tuple(index for index in range(depth) if not {2 * index, 2 * index + 1} <= gone)
+    attention = tuple(index for index in kept if 2 * index in gone)
+    feed_forward = tuple(index for index in kept if 2 * index + 1 in gone)
+    return DepthChoice(kept, metric, attention, feed_forward)
 
 
 @dataclass(frozen=True)
@@ -70,14 +102,19 @@ class Selection:
         """The smallest depth for which blocks were chosen."""
         return min(self.depths)
 
-    def kept_blocks(self, depth: int) -> tuple[int, ...]:
-        """The blocks kept at a depth; raises BadInput where the selection does not reach it."""
+    @property
+    def whole_blocks(self) -> bool:
+        """Whether every depth keeps whole blocks."""
+        return all(choice.whole_blocks for choice in self.depths.values())
+
+    def choice(self, depth: int) -> DepthChoice:
+        """What is kept at a depth; raises BadInput where the selection does not reach it."""
         if depth not in self.depths:
             raise BadInput(
                 f"depth {depth} is outside what the selection covers, {self.minimum_depth} to {self.depth}; "
                 f"choose one of those, or select again with a lower --min-depth"
             )
-        return self.depths[depth].kept
+        return self.depths[depth]
 
     def plan(self, architecture: Architecture, shape: Shape, multiple: int = NEURON_MULTIPLE) -> Plan:
         """The exact units that a shape keeps."""
@@ -85,15 +122,21 @@ class Selection:
         def scores(index: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
             return self.blocks[index].heads, self.blocks[index].neurons
 
-        return make_plan(architecture, shape, self.kept_blocks(shape.depth), scores, multiple)
+        choice = self.choice(shape.depth)
+        return make_plan(
+            architecture,
+            shape,
+            choice.kept,
+            scores,
+            multiple,
+            without_attention=choice.without_attention,
+            without_feed_forward=choice.without_feed_forward,
+        )
 
 
 def write_selection(folder: Path, selection: Selection) -> None:
     """Write ``selection.json`` and ``selection.safetensors`` into an existing folder."""
-    depths = {
-        str(depth): {"kept": list(choice.kept), "metric": choice.metric}
-        for depth, choice in sorted(selection.depths.items(), reverse=True)
-    }
+    depths = {str(depth): choice.to_json() for depth, choice in sorted(selection.depths.items(), reverse=True)}
     head = {"format": SELECTION_FORMAT, "base_digest": selection.base_digest, "blocks": selection.depth}
     write_json(folder / "selection.json", head | selection.facts | {"depth": depths})
     arrays = [item for index, block in enumerate(selection.blocks) for item in block.tensors(index).items()]
@@ -126,18 +169,34 @@ def _read_blocks(file: Path, architecture: Architecture) -> tuple[BlockScores, .
     )
 
 
+def _is_legal(choice: DepthChoice, depth: int, blocks: int) -> bool:
+    """Whether block numbers ascend within the model and amount to the depth, two sublayers being one block."""
+    lists = choice.kept, choice.without_attention, choice.without_feed_forward
+    ascending = all(all(type(i) is int for i in each) and list(each) == sorted(set(each)) for each in lists)
+    if not ascending or any(not 0 <= i < blocks for i in choice.kept):
+        return False
+    kept, attention, feed_forward = map(set, lists)
+    apart = attention <= kept and feed_forward <= kept and not attention & feed_forward
+    return apart and 2 * len(kept) - len(attention) - len(feed_forward) == 2 * depth
+
+
 def _read_depths(value: Any, blocks: int, file: Path) -> dict[int, DepthChoice]:
     try:
         depths = {
-            int(depth): DepthChoice(tuple(entry["kept"]), float(entry["metric"])) for depth, entry in value.items()
+            int(depth): DepthChoice(
+                tuple(entry["kept"]),
+                float(entry["metric"]),
+                tuple(entry.get("without_attention", ())),
+                tuple(entry.get("without_feed_forward", ())),
+            )
+            for depth, entry in value.items()
         }
     except (AttributeError, KeyError, TypeError, ValueError):
         raise BadInput(f"{file}: its 'depth' table is malformed; select again") from None
     for depth, choice in depths.items():
         if not math.isfinite(choice.metric):
             raise BadInput(f"{file}: the metric at depth {depth} is not a finite number; select again")
-        legal = all(type(i) is int and 0 <= i < blocks for i in choice.kept)
-        if not legal or len(choice.kept) != depth or list(choice.kept) != sorted(set(choice.kept)):
+        if not _is_legal(choice, depth, blocks):
             raise BadInput(f"{file}: the blocks kept at depth {depth} are not {depth} ascending block numbers")
     if blocks not in depths:
         raise BadInput(f"{file}: lacks the full depth {blocks}; select again")

@@ -77,6 +77,7 @@ def profile_to(
         raise BadInput(f"--device {device} names the machine in a table for others; give -o FILE to write it to")
     if output is not None and output.exists() and not force:
         raise BadInput(f"{output}: exists already; choose another output or add --force to replace it")
+    checkpoint.require_whole_blocks()
     pairs = ready_combinations(flows, precisions)
     positions = workload.context_for(checkpoint.architecture.context, context)
     wanted = shapes_named(checkpoint, shapes)
