@@ -76,8 +76,8 @@ class Checkpoint:
         """Raise BadInput where depths remove attention and feed-forward apart: no latency is known of such blocks."""
         if not self.selection.whole_blocks:
             raise BadInput(
-                f"{self.path}: its selection removes attention and feed-forward apart, and latencies are known of whole "
-                f"blocks only; extract and evaluate its shapes, or select again with --units block"
+                f"{self.path}: its selection removes attention and feed-forward apart, and latencies are known of "
+                f"whole blocks only; extract and evaluate its shapes, or select again with --units block"
             )
 
     def plan(self, shape: Shape, multiple: int | None = None) -> Plan:

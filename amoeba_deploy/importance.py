@@ -68,8 +68,8 @@ def standardise(values: Vector) -> Vector:
 
 def flap_channels(moments: Moments, weight: NDArray[np.float32]) -> Vector:
     """WIFV of each input channel [n] from its moments and the weight [out, n] that reads it."""
-    scores: Vector = moments.variance * np.square(weight, dtype=np.float64).sum(axis=0)
-    return scores
+    squares: Vector = np.einsum("ij,ij->j", weight, weight, dtype=np.float64)  # with no copy of the weight
+    return np.asarray(moments.variance * squares)
 
 
 def wanda_channels(moments: Moments, weight: NDArray[np.float32]) -> Vector:
@@ -120,7 +120,8 @@ class _Watch:
     """Takes the inputs of o_proj and down_proj of one layer while it runs, each lane its own."""
 
     def __init__(self, layer: Any) -> None:
-        self.layer, self._taken = layer, threading.local()
+        self.layer: Any = layer
+        self._taken = threading.local()
 
     def __enter__(self) -> _Watch:
         watched = {"attention": self.layer.self_attn.o_proj, "feed_forward": self.layer.mlp.down_proj}
@@ -136,6 +137,7 @@ class _Watch:
     def __exit__(self, *_: object) -> None:
         for hook in self._hooks:
             hook.remove()
+        self.layer = None  # a streamed block must not outlive its turn
 
     def moments(self, batch: Batch) -> BlockMoments:
         """Of what this lane's last run took."""

@@ -167,7 +167,7 @@ def search(found: Sequence[Candidate], budget: Budget, workload: Workload) -> Se
     fitting = sorted((c for c in found if excess(c, budget, tokens)[0] <= 1), key=order)
     if not fitting:
         closest = min(found, key=lambda c: (excess(c, budget, tokens)[0], order(c)))
-        raise NoShapeFits(_closest(closest, budget, tokens))
+        raise NoShapeFits(_closest(closest, budget, tokens, only=len({c.shape for c in found}) == 1))
     best = fitting[0]
     better = {bound for c in found if c.badness < best.badness for bound in exceeded(c, budget, tokens)}
     binding = " and ".join(sorted(better)) or None
@@ -175,7 +175,7 @@ def search(found: Sequence[Candidate], budget: Budget, workload: Workload) -> Se
     return SearchResult(best, tuple(fitting), tuple(pareto_front(storable, budget.metric, tokens)), len(found), binding)
 
 
-def _closest(closest: Candidate, budget: Budget, tokens: int) -> str:
+def _closest(closest: Candidate, budget: Budget, tokens: int, only: bool) -> str:
     factor, bound = excess(closest, budget, tokens)
     if bound == "latency":
         found = closest.prediction.value(budget.metric, tokens)
@@ -183,7 +183,8 @@ def _closest(closest: Candidate, budget: Budget, tokens: int) -> str:
     else:
         found = closest.prediction.memory_bytes / 1e9
         needs = f"{found:.3g} GB where {(budget.memory_bytes or 0) / 1e9:.3g} GB is allowed"
+    head = "the shape does not fit the budget:" if only else "no shape fits the budget: the closest is"
     return (
-        f"no shape fits the budget: the closest is {closest.shape} in {closest.flow} {closest.precision}, which needs "
-        f"{needs} ({closest.prediction.source}); {bound} bounds it, {factor:.2f} times over"
+        f"{head} {closest.shape} in {closest.flow} {closest.precision}, which needs {needs} "
+        f"({closest.prediction.source}); {bound} bounds it, {factor:.2f} times over"
     )

@@ -157,6 +157,9 @@ def search_target(
     for flow, precision in pairs:
         backend = load_backend(flow)
         predict = predictor(target, sizes_of, architecture.digest, flow, precision, table)
+        if table is not None and (flow, precision) not in table.flows(target.workload):
+            asked = f"batch {target.workload.batch}, prompt {target.workload.prompt}, tokens {target.workload.tokens}"
+            remarks.append(f"the table has no row of {flow} {precision} for {asked}: its latencies are estimated")
         legal = []
         for shape in shapes:
             sizes = sizes_of(shape)

@@ -95,7 +95,9 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
 def as_float32(array: Array, dtype: str) -> NDArray[np.float32]:
     """Numbers of any float dtype as float32; exact for bfloat16 and float16."""
     if dtype == "BF16":
-        return (array.astype(np.uint32) << 16).view(np.float32)
+        words = array.astype(np.uint32)
+        words <<= 16
+        return words.view(np.float32)
     return np.asarray(array, dtype=np.float32)
 
 

@@ -11,7 +11,7 @@ from amoeba_deploy.architecture import Architecture
 from amoeba_deploy.families import family_of, read_architecture
 from amoeba_deploy.files import write_json
 from amoeba_deploy.model_folder import ModelFolder
-from amoeba_deploy.tensors import TensorSource, write_tensors
+from amoeba_deploy.tensors import CONFIG_DTYPES, TensorSource, from_float32, write_tensors
 
 
 def llama_config(
@@ -46,7 +46,8 @@ def _random(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray[Any,
 
 
 def random_model(folder: Path, config: dict[str, Any], seed: int = 0) -> ModelFolder:
-    """Write a model of that config with float32 weights drawn from N(0, 0.02) and norms of one."""
+    """Write a model of that config, in its dtype, with weights drawn from N(0, 0.02) and norms of one."""
+    dtype = CONFIG_DTYPES[config["dtype"]]
     folder.mkdir(parents=True, exist_ok=True)
     sizes: Architecture = read_architecture(config)
     rng = np.random.default_rng(seed)
@@ -65,7 +66,8 @@ def random_model(folder: Path, config: dict[str, Any], seed: int = 0) -> ModelFo
     for name in family.other_tensors(sizes):
         shapes[name] = (sizes.hidden,) if "norm" in name else (sizes.vocabulary, sizes.hidden)
     sources = {
-        name: TensorSource("F32", shape, lambda shape=shape: _random(shape, rng)) for name, shape in shapes.items()
+        name: TensorSource(dtype, shape, lambda shape=shape: from_float32(_random(shape, rng), dtype))
+        for name, shape in shapes.items()
     }
     write_json(folder / "config.json", config)
     write_tensors(folder / "model.safetensors", sources, {"format": "pt"})

@@ -1,6 +1,7 @@
-"""Build the one-for-all checkpoint that ships in the package from the model that ``train_demo.py`` trained.
+"""Build the one-for-all checkpoint that ships in the package.
 
-    python tools/build_demo_checkpoint.py build/demo-model
+    python tools/build_demo_checkpoint.py build/demo-model    # from the model that train_demo.py trained
+    python tools/build_demo_checkpoint.py                     # from the base model that ships: selection and quality
 
 Writes ``amoeba_deploy/demo``: ``checkpoint/`` (the base model in bf16 shards under 5 MB, its selection, its quality
 over the grid of shapes), ``validation.txt`` and ``questions.jsonl``. Calibration text, validation text and training
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import tempfile
 from itertools import islice
 from pathlib import Path
@@ -98,8 +100,8 @@ def write_card(base: Path, tokens: str) -> None:
     )
 
 
-def build(trained: Path, tokens: str) -> None:
-    """Everything under ``amoeba_deploy/demo``."""
+def build(trained: Path | None, tokens: str) -> None:
+    """Everything under ``amoeba_deploy/demo``; the base model is the one that lies there where none is given."""
     world = demo_corpus.build_world()
     progress = Progress()
     DEMO.mkdir(parents=True, exist_ok=True)
@@ -108,8 +110,11 @@ def build(trained: Path, tokens: str) -> None:
     (DEMO / "questions.jsonl").write_text("".join(lines), encoding="utf-8")
     with tempfile.TemporaryDirectory() as work, whole_folder(DEMO / "checkpoint", force=True) as output:
         base, chosen, calibration = Path(work, "base"), Path(work, "selection"), Path(work, "calibration.txt")
-        save_base(trained, base)
-        write_card(base, tokens)
+        if trained is None:
+            shutil.copytree(DEMO / "checkpoint" / "base", base)
+        else:
+            save_base(trained, base)
+            write_card(base, tokens)
         calibration.write_text(text(world, CALIBRATION_SEED, CALIBRATION_DOCUMENTS), encoding="utf-8")
         chosen.mkdir()
         write_selection(chosen, select(ModelFolder(base), calibration, progress=progress))
@@ -123,7 +128,7 @@ def build(trained: Path, tokens: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Build the embedded checkpoint.")
-    parser.add_argument("trained", type=Path, help="What train_demo.py wrote.")
+    parser.add_argument("trained", type=Path, nargs="?", help="What train_demo.py wrote.")
     parser.add_argument("--tokens", default="12.3 million", help="How many tokens it was trained on, for its card.")
     arguments = parser.parse_args()
     build(arguments.trained, arguments.tokens)

@@ -399,13 +399,23 @@ def documents(world: World, seed: int) -> Iterator[str]:
         yield rng.choices(kinds, weights)[0](world, rng).replace(" a orange", " an orange")
 
 
-def validation_questions(world: World, seed: int = 1) -> list[dict[str, object]]:
-    """Each held-out fact in every wording as multiple choice (`question`, `choices`, `gold`); chance is 1 in 4."""
+def validation_questions(world: World) -> list[dict[str, object]]:
+    """Questions about the held-out facts, in every wording."""
+    return _questions(world, held_out=True, seed=1)
+
+
+def calibration_questions(world: World) -> list[dict[str, object]]:
+    """Questions about the other facts, which training may have asked too."""
+    return _questions(world, held_out=False, seed=2)
+
+
+def _questions(world: World, held_out: bool, seed: int) -> list[dict[str, object]]:
+    """Facts in every wording as multiple choice (`question`, `choices`, `gold`); chance is 1 in 4."""
     rng = random.Random(seed)
     rows: list[dict[str, object]] = []
     for entity in world.entities:
         for attribute in world.attributes[entity.kind]:
-            if attribute.name not in entity.held_out:
+            if (attribute.name in entity.held_out) != held_out:
                 continue
             value = entity.facts[attribute.name]
             choices = rng.sample([v for v in attribute.values if v != value], CHOICES - 1) + [value]

@@ -9,6 +9,7 @@ from pathlib import Path
 from amoeba_deploy.backends import flow_names, load_backend
 from amoeba_deploy.checkpoint import Checkpoint
 from amoeba_deploy.errors import BadInput, ToolchainMissing
+from amoeba_deploy.profiles.device import load_device
 from amoeba_deploy.profiles.profiler import (
     BUDGET_SECONDS,
     LOCAL,
@@ -71,8 +72,11 @@ def profile_to(
 ) -> tuple[Table, Path]:
     """Measure, and write a table file: ``output``, or this machine's table in the cache with the new rows added.
 
-    ``device`` names this machine in a table that is written for others to use; the cache knows it as ``local``.
+    ``device`` names this machine in a table that is written for others to use, by its name or its device file; the
+    cache knows it as ``local``.
     """
+    if device.endswith(".toml"):
+        device = load_device(device).name
     if device != LOCAL and output is None:
         raise BadInput(f"--device {device} names the machine in a table for others; give -o FILE to write it to")
     if output is not None and output.exists() and not force:
