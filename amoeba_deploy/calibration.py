@@ -248,8 +248,8 @@ def text_calibration(ids: Sequence[int], samples: int, sequence: int, facts: dic
     """The first ``samples * sequence`` token ids in rows of ``sequence``; raises BadInput where there are fewer."""
     if len(ids) < samples * sequence:
         raise BadInput(
-            f"{facts['source']}: has {len(ids)} tokens where {samples} rows of {sequence} need {samples * sequence}; "
-            f"give a longer text, or ask for fewer with --samples"
+            f"{facts['source']}: has {len(ids)} tokens where {samples * sequence} are needed, {samples} rows of "
+            f"{sequence}; give a longer text, or ask for fewer with --samples"
         )
     rows = [ids[start : start + sequence] for start in range(0, samples * sequence, sequence)]
     at_once = max(1, TOKENS_AT_ONCE // sequence)

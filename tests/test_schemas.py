@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from conftest import QUIET, save_random_model
 from jsonschema import Draft202012Validator, ValidationError
 
+from amoeba_deploy.calibration import read_calibration
 from amoeba_deploy.checkpoint import create_checkpoint
 from amoeba_deploy.cli import main
 from amoeba_deploy.quality import write_quality
@@ -28,6 +29,8 @@ SCHEMAS = {
 BY_FORMAT = {schema["properties"]["format"]["const"]: name for name, schema in SCHEMAS.items()}
 # Not JSON, so without a JSON Schema; docs/devices.md describes it.
 TOML_FORMATS = {"amoeba.device/1"}
+# In the cache, for this version and this machine alone; removed when the run ends.
+CACHE_FORMATS = {"amoeba.depth-table/1"}
 
 SENTENCE = "once upon a time there was a {} fox who lived in the {} wood and ate {} berries . "
 WORDS = ("small", "red", "quiet", "old", "green", "seven", "kind")
@@ -62,6 +65,7 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, A
     root = tmp_path_factory.mktemp("formats")
     text = "".join(SENTENCE.format(*(WORDS[(i + j) % 7] for j in range(3))) for i in range(20))
     (root / "text.txt").write_text(text)
+    (root / "long.txt").write_text(text * 3)
     tokenizer = tokenizer_of(text)
     save_random_model(
         root / "model",
@@ -77,6 +81,15 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, A
     tokenizer.save(str(root / "model" / "tokenizer.json"))
     few = ("--samples", 4, "--sequence", 32)
     amoeba("select", root / "model", "-o", root / "selection", "--calibration", root / "text.txt", *few, "--quiet")
+    asked = {"question": "once upon a time there was a", "choices": ["small fox", "red wood"], "gold": 0}
+    (root / "asked.jsonl").write_text(f"{json.dumps(asked)}\n" * 3)
+    data = ("--calibration", root / "asked.jsonl", "--width-calibration", root / "long.txt", "--sequence", 16)
+    methods = ("--metric", "choice-loss", "--depth-method", "shortened-ppl", "--width-method", "wanda")
+    amoeba("select", root / "model", "-o", root / "asked", *data, *methods, "--quiet")
+    apart = ("--units", "sublayer", "--beam", 2)
+    amoeba(
+        "select", root / "model", "-o", root / "apart", "--calibration", root / "text.txt", *few, *apart, "--quiet"
+    )  # fmt: skip
     (root / "checkpoint").mkdir()
     made = create_checkpoint(str(root / "model"), root / "selection", root / "checkpoint", name="tiny")
     write_quality(
@@ -85,6 +98,12 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, A
     )
     checkpoint, table = root / "checkpoint", root / "table.json"
     plan = amoeba("extract", checkpoint, "--shape", "2x2/3", "--plan-only")
+    partial = json.loads(plan)
+    partial["blocks"][0]["neurons"] = []
+    partial["blocks"].insert(1, {"index": 1, "kv_heads": [], "heads": [], "neurons": [0, 5]})
+    partial["blocks"][2]["index"] = 2
+    (root / "partial.json").write_text(json.dumps(partial))
+    amoeba("extract", checkpoint, "--shape", root / "partial.json", "-o", root / "partial")
     amoeba("extract", checkpoint, "--shape", "2x0.75", "-o", root / "subnet")
     short = ("--prompt", 8, "--tokens", 8)
     which = ("--flow", "onnx", "--precision", "fp32")
@@ -95,9 +114,13 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, A
     amoeba("export", checkpoint, *there, "--context", 96, *short, "-o", root / "there", "--quiet")
     return {
         "selection": read(root / "selection" / "selection.json"),
+        "selection:questions": read(root / "asked" / "selection.json"),
+        "selection:sublayers": read(root / "apart" / "selection.json"),
         "checkpoint": read(checkpoint / "amoeba.json"),
         "quality": read(checkpoint / "quality.json"),
         "plan": json.loads(plan),
+        "plan:sublayers": partial,
+        "subnet:sublayers": read(root / "partial" / "subnet.json"),
         "subnet": read(root / "subnet" / "subnet.json"),
         "latency-table": read(table),
         "manifest": read(root / "here" / "manifest.json"),
@@ -120,6 +143,19 @@ def with_row(entry: str, value: Any) -> Callable[[dict[str, Any]], None]:
 DAMAGE: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
     "a depth that is no number": ("selection", lambda d: d["depth"].update({"all": {"kept": [0], "metric": 1.0}})),
     "a block kept twice": ("selection", lambda d: d["depth"]["3"].update(kept=[0, 1, 1])),
+    "a block without attention and not without feed-forward": (
+        "selection",
+        lambda d: d["depth"]["2"].update(without_attention=[0]),
+    ),
+    "a count of nothing known": ("selection", lambda d: d["block_evaluations"].update(saved=3)),
+    "evaluations as one number": ("selection", lambda d: d.update(block_evaluations=27)),
+    "a count of the plain recurrence alone": ("selection", lambda d: d["block_evaluations"].pop("prefix")),
+    "a metric that is not known": ("selection", lambda d: d.update(metric="perplexity")),
+    "a depth method that is not known": ("selection", lambda d: d.update(depth_method="greedy")),
+    "a width method that is not known": ("selection", lambda d: d.update(width_method="sparsegpt")),
+    "units that are not known": ("selection", lambda d: d.update(units="head")),
+    "a data set without its split": ("selection", lambda d: d["calibration"].update(dataset="x/y", config="z")),
+    "width data without a digest": ("selection", lambda d: d.update(width_calibration={"source": "a", "samples": 1})),
     "a short digest": ("selection", lambda d: d.update(base_digest="sha256:12")),
     "adapters": ("checkpoint", lambda d: d.update(adapters="smol.safetensors")),
     "no multiple of neurons": ("checkpoint", lambda d: d.update(multiple=0)),
@@ -129,7 +165,12 @@ DAMAGE: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
     "an accuracy in percent": ("quality", with_row("accuracy", 61.0)),
     "bias compensation": ("quality", with_row("bias", "on")),
     "a width as a word": ("plan", lambda d: d["shape"].update(width="half")),
-    "a block that keeps no neuron": ("plan", lambda d: d["blocks"][0].update(neurons=[])),
+    "a block that keeps nothing": ("plan", lambda d: d["blocks"][0].update(kv_heads=[], heads=[], neurons=[])),
+    "heads without their key/value heads": ("plan", lambda d: d["blocks"][0].update(kv_heads=[])),
+    "a subnet's block that keeps nothing": (
+        "subnet",
+        lambda d: d["blocks"][0].update(kv_heads=[], heads=[], neurons=[]),
+    ),
     "a negative head": ("plan", lambda d: d["blocks"][0].update(heads=[-1, 0])),
     "a layout that is not known": ("subnet", lambda d: d.update(layout="sparse")),
     "a row of no time": ("latency-table", with_row("tpot_ms", 0)),
@@ -167,6 +208,42 @@ def test_the_files_cover_measured_and_estimated_verified_and_not(documents: dict
     assert documents["plan"]["shape"]["width"] == "2/3"
 
 
+def test_the_selections_cover_text_and_questions_blocks_and_sublayers(documents: dict[str, dict[str, Any]]) -> None:
+    text, asked, apart = (documents[f"selection{kind}"] for kind in ("", ":questions", ":sublayers"))
+    assert "naive" in text["block_evaluations"]
+    assert "sequence" in text["calibration"]
+    assert "width_calibration" not in text
+    assert "sequence" not in asked["calibration"]
+    assert asked["width_calibration"]["sequence"] == 16
+    assert "naive" not in asked["block_evaluations"]
+    assert any("without_attention" in entry for entry in apart["depth"].values())
+    assert "naive" not in apart["block_evaluations"]
+
+
+def local_rows(root: Path, place: str, rows: list[dict[str, Any]]) -> None:
+    (root / place).parent.mkdir(parents=True, exist_ok=True)
+    (root / place).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_calibration_data_by_name_is_described(
+    documents: dict[str, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("AMOEBA_DATA", str(tmp_path))
+    words = SENTENCE.format(*WORDS[:3])
+    local_rows(tmp_path, "wikitext2/wikitext-2-raw-v1/train.jsonl", [{"text": words * 4}] * 3)
+    question = {"question": words, "subject": "anatomy", "choices": ["red", "small", "old", "kind"], "answer": 1}
+    for split in ("dev", "validation"):
+        local_rows(tmp_path, f"mmlu/all/{split}.jsonl", [question] * 5)
+    text = read_calibration("wikitext2", tokenizer_of(words), 4096, samples=2, sequence=32)
+    asked = read_calibration("mmlu", tokenizer_of(words), 4096, samples=3)
+    assert text.facts["from"] == "local copy"
+    assert "shots" in asked.facts
+    check("selection", documents["selection"] | {"calibration": asked.facts, "width_calibration": text.facts})
+    on_hub = text.facts | {"from": "hub", "revision": "b08601e04326c79dfdd32d625aee71d232d685c3"}
+    check("selection", documents["selection"] | {"calibration": on_hub})
+
+
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_another_format_version_is_refused(name: str, documents: dict[str, dict[str, Any]]) -> None:
     form = documents[name]["format"]
@@ -195,7 +272,7 @@ def test_the_document_names_every_format_of_the_package() -> None:
     files = [*(ROOT / "amoeba_deploy").rglob("*.py"), *(ROOT / "amoeba_deploy").rglob("devices/*.toml")]
     used = {form for file in files for form in re.findall(r"amoeba\.[a-z-]+/1\b", file.read_text(encoding="utf-8"))}
     text = (DOCS / "formats.md").read_text(encoding="utf-8")
-    assert used == set(BY_FORMAT) | TOML_FORMATS
+    assert used == set(BY_FORMAT) | TOML_FORMATS | CACHE_FORMATS
     assert {form for form in used if form not in text} == set()
 
 
