@@ -154,8 +154,8 @@ def width(name: str, model: Any, rows: list[list[int]], repeats: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Stage 1 against plain ways, side by side.")
-    parser.add_argument("--rows", type=int, default=32)
-    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     rows = demo_rows(arguments.rows, arguments.length)
