@@ -35,10 +35,14 @@ def block_biases(model: ModelFolder, selection: Selection, block: BlockPlan) -> 
     name = f"model.layers.{block.index}"
     output = model.tensors.float32(f"{name}.self_attn.o_proj.weight")
     down = model.tensors.float32(f"{name}.mlp.down_proj.weight")
-    return (
-        removed_mean(output, scores.o_proj_mean, np.repeat(heads, sizes.head_dim)),
-        removed_mean(down, scores.down_proj_mean, neurons),
-    )
+    attention = removed_mean(output, scores.o_proj_mean, np.repeat(heads, sizes.head_dim))
+    feed_forward = removed_mean(down, scores.down_proj_mean, neurons)
+    # Extraction drops the model's own bias with a whole sublayer; what that added was constant too.
+    if sizes.output_bias and not block.heads:
+        attention += model.tensors.float32(f"{name}.self_attn.o_proj.bias")
+    if sizes.mlp_bias and not block.neurons:
+        feed_forward += model.tensors.float32(f"{name}.mlp.down_proj.bias")
+    return attention, feed_forward
 
 
 def compensate(subnet: PreTrainedModel, model: ModelFolder, selection: Selection, plan: Plan) -> None:

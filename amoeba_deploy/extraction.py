@@ -127,6 +127,9 @@ def check_plan(model: ModelFolder, plan: Plan) -> None:
     last = max(block.index for block in plan.blocks)
     if last >= sizes.depth or plan.shape.depth > sizes.depth:
         raise BadInput(f"the plan keeps block {max(last, plan.shape.depth - 1)}; the model has {sizes.depth} blocks")
+    if not all(plan.widest):
+        missing = "attention" if not plan.widest[0] else "feed-forward"
+        raise BadInput(f"the plan of {plan.shape} keeps no {missing} in any block, which no class holds; keep more")
 
 
 def extract(

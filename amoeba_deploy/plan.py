@@ -57,6 +57,11 @@ class Plan:
         return max(len(b.kv_heads) for b in self.blocks), max(len(b.neurons) for b in self.blocks)
 
     @property
+    def whole_blocks(self) -> bool:
+        """Whether every kept block keeps both its attention and its feed-forward."""
+        return all(block.kv_heads and block.neurons for block in self.blocks)
+
+    @property
     def is_ragged(self) -> bool:
         """Whether blocks differ in width."""
         return len({(len(b.kv_heads), len(b.neurons)) for b in self.blocks}) > 1

@@ -101,6 +101,11 @@ class Request:
             plan = None
             if shape is not None and space.checkpoint is not None:
                 plan = space.checkpoint.plan_of(shape)
+                if not plan.whole_blocks:
+                    raise BadInput(
+                        f"{shape}: keeps blocks without their attention or feed-forward, of which no latency is known; "
+                        f"extract it, or keep whole blocks"
+                    )
         file: Path | None = asked["table"]
         if file is None and device.name == LOCAL:
             with phases.phase("profile"):

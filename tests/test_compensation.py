@@ -78,7 +78,7 @@ def test_a_compensated_subnet_is_the_full_model_at_the_means(
     assert relative_error(logits_of(load_torch_model(tmp_path), IDS), found) > 0.01
 
 
-@pytest.mark.parametrize("name", ["llama-grouped-tied", "qwen2"])
+@pytest.mark.parametrize("name", ["llama-grouped-tied", "llama-biases", "qwen2"])
 def test_a_sublayer_that_is_gone_leaves_its_mean(name: str, models: Models, tmp_path: Path) -> None:
     model = models(name)
     selection = random_selection(model)

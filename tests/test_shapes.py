@@ -467,3 +467,33 @@ def test_a_shape_of_partial_blocks_is_extracted(apart: Checkpoint, tmp_path: Pat
     assert result.exit_code == 0, result.output
     plan = apart.plan(Shape.parse("3x0.67"))
     assert relative_error(stock_logits(tmp_path / "subnet"), silenced_logits(apart.model, plan)) < TOLERANCE
+
+
+def test_a_depth_without_any_attention_is_refused(models: Callable[[str], ModelFolder], tmp_path: Path) -> None:
+    model = models("llama-grouped-tied")
+    choice = DepthChoice((0, 1), 2.0, without_attention=(0, 1))
+    plan = replace(random_selection(model), depths={1: choice}).plan(model.architecture, Shape.parse("1x1"))
+    with pytest.raises(BadInput, match=r"keeps no attention in any block"):
+        extract(model, plan, tmp_path)
+
+
+def test_a_plan_file_without_a_sublayer_is_extracted_and_not_exported(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    choice = DepthChoice((0, 1, 2, 3), 1.5, (1,), (2,))
+    plan = replace(checkpoint.selection, depths={3: choice}).plan(checkpoint.architecture, Shape.parse("3x1"))
+    (tmp_path / "plan.json").write_text(json.dumps(plan.to_json()))
+    assert amoeba("extract", checkpoint.path, "--shape", tmp_path / "plan.json", "-o", tmp_path / "a").exit_code == 0
+    refused = amoeba(
+        "export",
+        checkpoint.path,
+        "--device",
+        "orin-nx",
+        "--prompt",
+        16,
+        "--shape",
+        tmp_path / "plan.json",
+        "-o",
+        tmp_path / "b",
+    )
+    assert refused.exit_code == 2
+    assert "without their attention or feed-forward, of which no latency is known" in refused.stderr
+    assert not (tmp_path / "b").exists()
