@@ -14,11 +14,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from amoeba_deploy.blocks import Blocks, Units, open_blocks
 from amoeba_deploy.calibration import Batch, Calibration, Metric
@@ -27,9 +26,6 @@ from amoeba_deploy.importance import BlockMoments, activation_moments
 from amoeba_deploy.lanes import Lanes
 from amoeba_deploy.model_folder import ModelFolder
 from amoeba_deploy.removal import Costs, LocalRemover, Trial, Work
-
-if TYPE_CHECKING:
-    from amoeba_deploy.stage1 import Settings
 
 
 def shares(count: int, parts: int) -> list[range]:
@@ -42,20 +38,20 @@ class Worker:
     """What one worker does: the model, and its share of the batches."""
 
     blocks: Blocks
-    settings: Settings
+    memory: int
     lanes: Lanes
     remover: LocalRemover
 
-    def open(self, folder: Path, digest: str, settings: Settings, threads: int) -> None:
+    def open(self, folder: Path, digest: str, offload: bool, memory: int, threads: int) -> None:
         """Open the model; raises BadInput where this machine has none there, or another one."""
         model = ModelFolder(folder)
         if model.digest != digest:
             raise BadInput(f"{folder}: holds another model on a worker's machine; put the same one there")
-        self.blocks, self.settings, self.lanes = open_blocks(model, settings.offload), settings, Lanes(threads)
+        self.blocks, self.memory, self.lanes = open_blocks(model, offload), memory, Lanes(threads)
 
     def prepare(self, batches: Sequence[Batch], metric: Metric, units: Units) -> None:
         """Take a share of the calibration batches."""
-        self.remover = LocalRemover(self.blocks, batches, metric, units, self.settings.state_memory, self.lanes)
+        self.remover = LocalRemover(self.blocks, batches, metric, units, self.memory, self.lanes)
 
     def costs(self, boundary: int, trials: Sequence[Trial]) -> tuple[list[Costs], Work]:
         """The metric's sums over this worker's batches, and all its work so far."""
@@ -63,7 +59,7 @@ class Worker:
 
     def moments(self, batches: Sequence[Batch]) -> list[list[BlockMoments]]:
         """Moments of every block over each of some batches."""
-        return activation_moments(self.blocks, batches, self.settings.state_memory, lanes=self.lanes)
+        return activation_moments(self.blocks, batches, self.memory, lanes=self.lanes)
 
 
 def _ray() -> Any:
@@ -80,9 +76,17 @@ class Cluster:
     """Workers on the Ray cluster that RAY_ADDRESS names, else on a Ray of this machine that is started for the run."""
 
     def __init__(
-        self, model: ModelFolder, calibration: Calibration, width_calibration: Calibration, settings: Settings
+        self,
+        model: ModelFolder,
+        calibration: Calibration,
+        width_calibration: Calibration,
+        *,
+        count: int,
+        offload: bool,
+        memory: int,
     ) -> None:
-        self.model, self.settings = model, settings
+        """``count`` workers (0: one a machine), each with its own blocks and ``memory`` bytes of hidden states."""
+        self.model, self.count, self.offload, self.memory = model, count, offload, memory
         self.batches, self.width_batches = calibration.batches, width_calibration.text
         self.workers: list[Any] = []
         self._started = False
@@ -104,16 +108,15 @@ class Cluster:
 
     def _start_workers(self, ray: Any) -> None:
         nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
-        count = self.settings.workers or len(nodes)
+        count = self.count or len(nodes)
         processors = int(sum(node["Resources"]["CPU"] for node in nodes))
         if count > processors:
             raise BadInput(f"--workers ray:{count} asks for more workers than the cluster's {processors} processors")
         threads = max(1, processors // count)
         actor = ray.remote(num_cpus=threads, max_restarts=0)(Worker)
-        settings = replace(self.settings, workers=None)
-        folder = self.model.path.resolve()
+        opening = self.model.path.resolve(), self.model.digest, self.offload, self.memory, threads
         self.workers = [actor.remote() for _ in range(count)]
-        self.get([worker.open.remote(folder, self.model.digest, settings, threads) for worker in self.workers])
+        self.get([worker.open.remote(*opening) for worker in self.workers])
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

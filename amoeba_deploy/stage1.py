@@ -281,7 +281,15 @@ def select(
     if settings.workers is not None:
         from amoeba_deploy.cluster import Cluster
 
-        with Cluster(stage.model, stage.calibration, stage.width_calibration, settings) as stage.cluster:
+        cluster = Cluster(
+            stage.model,
+            stage.calibration,
+            stage.width_calibration,
+            count=settings.workers,
+            offload=settings.offload,
+            memory=settings.state_memory,
+        )
+        with cluster as stage.cluster:
             return _selection(stage, began)
     return _selection(stage, began)
 
