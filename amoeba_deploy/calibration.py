@@ -32,6 +32,8 @@ METRICS: tuple[Metric, ...] = ("loss", "accuracy", "choice-loss")
 QUESTION_METRICS = ("accuracy", "choice-loss")
 TOKENS_AT_ONCE = 1024
 """Of a batch: enough to keep a processor busy with matrices, few enough to stay in its cache."""
+CUT_TOKENS = 32
+"""Tokens read beyond what is asked for where a text is cut."""
 SAMPLES, NAMED_QUESTIONS = 64, 40
 """Rows of text, and questions of a data set by name, where nothing else is said."""
 
@@ -273,14 +275,17 @@ def question_calibration(
 
 
 def _named_text_ids(name: str, tokenizer: Tokenizer, tokens: int) -> tuple[list[int], dict[str, Any]]:
-    """At least so many token ids from the head of a text by name, or all that it has."""
+    """At least so many token ids from the head of a text by name, or all that it has.
+
+    Where the text is cut its last tokens may not be those of the whole, so some more are read and do not count.
+    """
     from amoeba_deploy.named_data import text_by_name
 
     characters, before = 8 * tokens, -1
     while True:
         text, facts = text_by_name(name, characters)
         ids = tokenizer.encode(text, add_special_tokens=False).ids
-        if len(ids) >= tokens or len(text) == before:
+        if len(ids) >= tokens + CUT_TOKENS or len(text) == before:
             return ids, facts | {"digest": "sha256:" + hashlib.sha256(text.encode()).hexdigest()}
         characters, before = 2 * characters, len(text)
 

@@ -38,6 +38,21 @@ class Column:
         """The column as JSON values; ``from_json`` reads it back exactly."""
         return {"candidates": self.candidates, "cells": [[[list(r), c] for r, c in cell] for cell in self.cells]}
 
+    def fits(self, candidates: int, removals: int, beam: int) -> bool:
+        """Whether this can be a column of a table with so many candidates: sets of the right sizes, finite sums."""
+        n = self.candidates
+        if not 1 <= n <= candidates or len(self.cells) != min(n, removals) + 1:
+            return False
+        own = range(candidates - n, candidates)
+        return all(
+            1 <= len(cell) <= beam
+            and all(
+                len(removed) == m and list(removed) == sorted(set(removed) & set(own)) and math.isfinite(cost)
+                for removed, cost in cell
+            )
+            for m, cell in enumerate(self.cells)
+        )
+
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Column:
         """A column from what ``to_json`` gave; raises KeyError, TypeError or ValueError where it is none."""

@@ -146,7 +146,9 @@ def _choice_rows(question: Question, tokenizer: Tokenizer, context: int) -> Iter
         ids = tokenizer.encode(f"{question.question} {choice}").ids
         if len(ids) > context:
             raise BadInput(f"a question of {len(ids)} tokens exceeds the model's context of {context}")
-        yield ids, min(prefix, len(ids) - 1)
+        if len(ids) < 2:
+            raise BadInput(f"the question '{question.question}' with a choice is {len(ids)} tokens long; 2 are needed")
+        yield ids, max(1, min(prefix, len(ids) - 1))  # nothing predicts the first token
 
 
 def choice_scores(logits: LogitsFunction, question: Question, tokenizer: Tokenizer, context: int) -> list[float]:

@@ -32,13 +32,20 @@ class SavedTable:
         name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
         return cls(cache_folder() / "select" / f"{name}.json", identity)
 
-    def read(self) -> Column | None:
-        """The last finished column, or None where there is none; raises BadInput where the file is damaged."""
+    def read(self, candidates: int, removals: int, beam: int) -> Column | None:
+        """The last finished column of a table of such sizes, or None where there is none.
+
+        Raises:
+            BadInput: the file is damaged, or holds no column of such a table.
+        """
         if not self.file.exists():
             return None
         value = read_json(self.file, TABLE_FORMAT)
         try:
-            return Column.from_json(value["column"])
+            column = Column.from_json(value["column"])
+            if not column.fits(candidates, removals, beam):
+                raise ValueError
+            return column
         except (KeyError, TypeError, ValueError):
             raise BadInput(f"{self.file}: is damaged; remove it, or select without --resume") from None
 

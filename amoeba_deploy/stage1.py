@@ -146,7 +146,7 @@ class Stage1:
         scale = 2 if settings.units == "sublayer" else 1
         removals, keep_last = scale * self.removals, scale * settings.keep_last
         saved = SavedTable.of(self._identity())
-        start = saved.read() if settings.resume else None
+        start = saved.read(remover.units - keep_last, removals, settings.beam) if settings.resume else None
         if start is not None:
             self.progress.say(f"going on from column {start.candidates} of {remover.units - keep_last}")
         with self.progress.bar("depth", remover.units - keep_last - (start.candidates if start else 0)) as step:

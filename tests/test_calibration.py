@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -28,7 +29,14 @@ from amoeba_deploy.calibration import (
 )
 from amoeba_deploy.checkpoint import EMBEDDED, Checkpoint
 from amoeba_deploy.errors import BadInput
-from amoeba_deploy.evaluation import Question, choice_scores, read_questions, task_accuracy, torch_logits
+from amoeba_deploy.evaluation import (
+    Question,
+    choice_scores,
+    log_probabilities,
+    read_questions,
+    task_accuracy,
+    torch_logits,
+)
 from amoeba_deploy.model_folder import load_torch_model
 from amoeba_deploy.removal import LocalRemover, Trial, total
 
@@ -275,3 +283,12 @@ def test_a_cost_is_no_number_where_a_prediction_is_none(metric: Metric, value: f
     assert math.isfinite(batch_cost(metric, batch, chances))
     chances[0] = value
     assert math.isnan(batch_cost(metric, batch, chances))
+
+
+def test_a_question_without_text_scores_from_the_second_token(demo: Checkpoint) -> None:
+    # The tokenizer adds no first token, so nothing predicts a choice's own first one.
+    tokenizer, asked = demo.model.tokenizer(), Question("", ("the baker works", "a miller"), 0)
+    logits = torch_logits(load_torch_model(demo.model.path))
+    for choice, found in zip(asked.choices, choice_scores(logits, asked, tokenizer, 512), strict=True):
+        ids = np.array([tokenizer.encode(f" {choice}").ids])
+        assert found == pytest.approx(log_probabilities(logits(ids), ids).sum() / len(choice.encode()), rel=1e-5)

@@ -66,6 +66,15 @@ def small(tmp_path_factory: pytest.TempPathFactory, demo: Checkpoint) -> ModelFo
     return ModelFolder(folder)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Whole models run on one thread here: as fast for matrices this small, and much faster on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def calibration(model: ModelFolder, metric: Metric) -> Calibration:
     """A little data in several batches, so that a set can be given up between them."""
     tokenizer = model.tokenizer()
@@ -487,7 +496,7 @@ def taylor_importance(folder: ModelFolder, batches: Sequence[Batch]) -> list[flo
         losses.append(torch.nn.functional.cross_entropy(logits, batch.wanted, reduction="sum"))
     torch.autograd.backward(sum(losses) / sum(batch.count for batch in batches))
     return [
-        float(sum((p * p.grad).abs().double().sum() for p in layer.parameters() if p.ndim == 2))
+        float(sum((p * p.grad).detach().abs().double().sum() for p in layer.parameters() if p.ndim == 2))
         for layer in model.model.layers
     ]
 
@@ -521,6 +530,18 @@ def test_no_way_to_choose_removes_the_last_blocks_that_are_to_stay(method: Any, 
     assert all({2, 3} <= set(choice.kept) for choice in found.values())
 
 
+@pytest.mark.parametrize("method", ["first", "angular", "shortened-ppl", "shortened-taylor"])
+def test_every_way_to_choose_reports_the_metric_of_what_it_keeps(method: Any, small: ModelFolder) -> None:
+    data, whole = calibration(small, "loss"), Whole(small)
+    settings = Settings(depth_method=method, minimum_depth=1)
+    found, _ = Stage1(small, data, data, settings, QUIET).depths()
+    for depth, choice in found.items():
+        removed = tuple(i for i in range(4) if i not in choice.kept)
+        assert len(choice.kept) == depth
+        cost = sum(whole.without_blocks(removed, "loss", data.batches))
+        assert choice.metric == pytest.approx(cost / data.count, rel=FLOAT32)
+
+
 # Going on
 
 
@@ -552,6 +573,15 @@ def same(one: Selection, two: Selection) -> bool:
     pairs = [(a.tensors(0), b.tensors(0)) for a, b in zip(one.blocks, two.blocks, strict=True)]
     arrays = all(np.array_equal(a[name], b[name]) for a, b in pairs for name in a)
     return arrays and (one.base_digest, one.depths) == (two.base_digest, two.depths)
+
+
+@pytest.mark.parametrize("width_method", ["flap", "taylor"])
+@pytest.mark.parametrize("changes", [{}, {"units": "sublayer"}, {"depth_method": "shortened-taylor"}], ids=str)
+def test_blocks_read_from_disk_give_the_same_selection_bit_for_bit(
+    changes: dict[str, Any], width_method: Any, small: ModelFolder
+) -> None:
+    here = chosen(small, width_method=width_method, **changes)
+    assert same(here, chosen(small, width_method=width_method, offload=True, state_memory=10**5, **changes))
 
 
 def saved_tables(tmp_path: Path) -> list[Path]:

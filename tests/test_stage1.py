@@ -192,12 +192,24 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(demo: Checkpoint, monkeypa
     assert chosen(demo, resume=True).facts["evaluations"] == undisturbed.facts["evaluations"]
 
 
-def test_a_damaged_table_is_named(demo: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"cells": None},
+        {"cells": []},
+        {"candidates": 99},
+        {"candidates": -5},
+        {"cells": [[[[], 1.0]], [[[77], 0.0]]]},
+        {"cells": [[[[], 1.0]], [[[10], float("nan")]]]},
+    ],
+)
+def test_a_damaged_table_is_named(change: dict[str, Any], demo: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     write = SavedTable.write
 
     def damaged(self: SavedTable, column: Any) -> None:
         write(self, column)
-        value = json.loads(self.file.read_text()) | {"column": {"candidates": 1}}
+        value = json.loads(self.file.read_text())
+        value["column"] |= change
         self.file.write_text(json.dumps(value))
         raise KeyboardInterrupt
 
