@@ -140,14 +140,8 @@ def open_blocks(folder: ModelFolder, offload: bool) -> Blocks:
     return StreamedBlocks(folder) if offload else ResidentBlocks(load_torch_model(folder.path))
 
 
-def unit_count(blocks: Blocks, units: Units) -> int:
-    """How many units a model has."""
-    return blocks.depth * (2 if units == "sublayer" else 1)
-
-
-def block_of(unit: int, units: Units) -> int:
-    """The block that a unit is, or belongs to."""
-    return unit // 2 if units == "sublayer" else unit
+UNITS_A_BLOCK: dict[Units, int] = {"block": 1, "sublayer": 2}
+"""How many units make a block; unit u belongs to block u // that."""
 
 
 class Forward:
@@ -155,7 +149,7 @@ class Forward:
 
     def __init__(self, blocks: Blocks, units: Units = "block", lanes: Lanes | None = None) -> None:
         self.blocks, self.units, self.lanes = blocks, units, lanes or Lanes()
-        self.count = unit_count(blocks, units)
+        self.count = blocks.depth * UNITS_A_BLOCK[units]
         self._rotary: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def _angles(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -171,17 +165,20 @@ class Forward:
         """``run`` for several batches, without gradients."""
         if not states:
             return []
-        self.blocks.block(block_of(unit, self.units))  # a streamed block is read once, before the lanes ask for it
+        self.blocks.block(
+            unit // UNITS_A_BLOCK[self.units]
+        )  # a streamed block is read once, before the lanes ask for it
         return self.lanes.map(lambda state: self.run(unit, state), states)
 
-    def log_likelihood_all(self, batches: Sequence[Batch], states: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def log_likelihood_all(
+        self, head: tuple[Any, torch.Tensor], batches: Sequence[Batch], states: Sequence[torch.Tensor]
+    ) -> list[torch.Tensor]:
         """``log_likelihood`` for several batches, without gradients."""
-        head = self.blocks.head()
         return self.lanes.map(lambda batch, state: self.log_likelihood(head, batch, state), batches, states)
 
     def run(self, unit: int, states: torch.Tensor) -> torch.Tensor:
         """Hidden states [rows, length, hidden] behind a unit from those in front of it."""
-        layer = self.blocks.block(block_of(unit, self.units))
+        layer = self.blocks.block(unit // UNITS_A_BLOCK[self.units])
         angles = self._angles(states.shape[1])
         if self.units == "block":
             output = layer(states, attention_mask=None, position_embeddings=angles)

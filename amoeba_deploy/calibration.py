@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import numpy as np
 
 from amoeba_deploy.errors import BadInput
-from amoeba_deploy.evaluation import Question, file_digest, read_questions, read_text
+from amoeba_deploy.evaluation import Question, choice_rows, file_digest, read_questions, read_text
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 Metric = Literal["loss", "accuracy", "choice-loss"]
-METRICS: tuple[Metric, ...] = ("loss", "accuracy", "choice-loss")
 """Mean next-token loss on text; share of questions answered rightly; mean loss in nats of the right choice."""
 QUESTION_METRICS = ("accuracy", "choice-loss")
 TOKENS_AT_ONCE = 1024
@@ -189,17 +188,10 @@ class _Asked:
 
 
 def _asked(question: Question, tokenizer: Tokenizer, context: int) -> _Asked:
-    prefix = len(tokenizer.encode(question.question).ids)
     inputs: dict[tuple[int, ...], int] = {}
     choices = []
-    for choice in question.choices:
-        ids = tokenizer.encode(f"{question.question} {choice}").ids
-        if len(ids) > context or len(ids) < 2:
-            raise BadInput(
-                f"a question takes {len(ids)} tokens, and the model reads 2 to {context}; shorten it or leave it out"
-            )
+    for ids, begin in choice_rows(question, tokenizer, context):
         row = inputs.setdefault(tuple(ids[:-1]), len(inputs))
-        begin = max(1, min(prefix, len(ids) - 1))
         choices.append((row, tuple(ids[begin:]), begin))
     return _Asked(question, tuple(inputs), tuple(choices))
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from amoeba_deploy.blocks import Blocks, Units, open_blocks
+from amoeba_deploy.blocks import UNITS_A_BLOCK, Blocks, Units, open_blocks
 from amoeba_deploy.calibration import Batch, Calibration, Metric
 from amoeba_deploy.errors import AmoebaError, BadInput, ToolchainMissing
 from amoeba_deploy.importance import BlockMoments, activation_moments
@@ -164,7 +164,7 @@ class ClusterRemover:
 
     def __init__(self, cluster: Cluster, metric: Metric, units: Units) -> None:
         self.cluster, self.metric = cluster, metric
-        self.units = cluster.model.architecture.depth * (2 if units == "sublayer" else 1)
+        self.units = cluster.model.architecture.depth * UNITS_A_BLOCK[units]
         count = len(cluster.workers)
         self.parts = shares(len(cluster.batches), min(count, len(cluster.batches)))
         self.groups = max(1, count // len(self.parts))

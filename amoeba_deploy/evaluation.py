@@ -77,17 +77,16 @@ def read_text(file: Path) -> str:
         raise BadInput(f"{file}: is not a text file in UTF-8") from None
 
 
-def text_rows(file: Path, tokenizer: Tokenizer, length: int = SEQUENCE, rows: int | None = None) -> Ids:
-    """Token ids [rows, length] of a text file: its first ``rows`` rows, or every whole row.
+def text_rows(file: Path, tokenizer: Tokenizer, length: int = SEQUENCE) -> Ids:
+    """Token ids [rows, length] of a text file: every whole row.
 
     Raises:
-        BadInput: the text is shorter than asked for, or than a single row.
+        BadInput: the text is shorter than a single row.
     """
     ids = tokenizer.encode(read_text(file), add_special_tokens=False).ids
-    wanted = (rows or 1) * length
-    if len(ids) < wanted:
-        raise BadInput(f"{file}: has {len(ids)} tokens where {wanted} are needed; give a longer text or ask for fewer")
-    count = rows or len(ids) // length
+    if len(ids) < length:
+        raise BadInput(f"{file}: has {len(ids)} tokens where {length} are needed; give a longer text or ask for fewer")
+    count = len(ids) // length
     return np.array(ids[: count * length], dtype=np.int64).reshape(count, length)
 
 
@@ -139,21 +138,25 @@ def text_loss(logits: LogitsFunction, rows: Ids, step: Callable[[], None] | None
     return TextLoss(float(losses.mean()), float(error), rows.size)
 
 
-def _choice_rows(question: Question, tokenizer: Tokenizer, context: int) -> Iterator[tuple[list[int], int]]:
-    """For each choice the ids of question and choice together, and how many of them the question takes."""
+def choice_rows(question: Question, tokenizer: Tokenizer, context: int) -> Iterator[tuple[list[int], int]]:
+    """For each choice the ids of question and choice together, and how many of them the question takes, at least 1.
+
+    Raises:
+        BadInput: they are more than the model's context, or a single one, before which nothing stands.
+    """
     prefix = len(tokenizer.encode(question.question).ids)
     for choice in question.choices:
         ids = tokenizer.encode(f"{question.question} {choice}").ids
-        if len(ids) > context:
-            raise BadInput(f"a question of {len(ids)} tokens exceeds the model's context of {context}")
-        if len(ids) < 2:
-            raise BadInput(f"the question '{question.question}' with a choice is {len(ids)} tokens long; 2 are needed")
+        if not 2 <= len(ids) <= context:
+            raise BadInput(
+                f"a question takes {len(ids)} tokens, and the model reads 2 to {context}; shorten it or leave it out"
+            )
         yield ids, max(1, min(prefix, len(ids) - 1))  # nothing predicts the first token
 
 
 def choice_scores(logits: LogitsFunction, question: Question, tokenizer: Tokenizer, context: int) -> list[float]:
     """Log-likelihood of each choice after the question, divided by the choice's UTF-8 bytes."""
-    rows = list(_choice_rows(question, tokenizer, context))
+    rows = list(choice_rows(question, tokenizer, context))
     width = max(len(ids) for ids, _ in rows)
     padded = np.array([ids + [0] * (width - len(ids)) for ids, _ in rows], dtype=np.int64)
     chances = log_probabilities(logits(padded), padded)

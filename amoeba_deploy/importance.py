@@ -55,10 +55,6 @@ class BlockMoments:
     attention: Moments
     feed_forward: Moments
 
-    def merged(self, other: BlockMoments) -> BlockMoments:
-        """Both sets of samples together."""
-        return BlockMoments(self.attention.merged(other.attention), self.feed_forward.merged(other.feed_forward))
-
 
 def standardise(values: Vector) -> Vector:
     """Zero mean and unit variance; zeros where all values are alike."""

@@ -126,8 +126,10 @@ class LocalRemover:
 
     def _measure(self, boundary: int, paths: Sequence[_Path], chunk: range) -> None:
         batches = [self.batches[number] for number in chunk]
-        for path, states in zip(paths, self._walk(boundary, paths, chunk), strict=True):
-            found = self.forward.log_likelihood_all(batches, states)
+        ends = self._walk(boundary, paths, chunk)
+        head = self.forward.blocks.head()  # a streamed one is read once for all paths
+        for path, states in zip(paths, ends, strict=True):
+            found = self.forward.log_likelihood_all(head, batches, states)
             path.costs += [batch_cost(self.metric, *pair) for pair in zip(batches, found, strict=True)]
 
     def _walk(self, boundary: int, paths: Sequence[_Path], chunk: range) -> list[list[torch.Tensor]]:

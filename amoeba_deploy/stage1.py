@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 from amoeba_deploy import __version__
-from amoeba_deploy.blocks import Blocks, Units, open_blocks
+from amoeba_deploy.blocks import UNITS_A_BLOCK, Blocks, Units, open_blocks
 from amoeba_deploy.calibration import Calibration, Metric, metric_value, read_calibration
 from amoeba_deploy.depth import Column, check_finite, choose, naive_evaluations, prefix_evaluations
 from amoeba_deploy.errors import BadInput
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from amoeba_deploy.cluster import Cluster
 
 DepthMethod = Literal["dp", "shortened-ppl", "shortened-taylor", "angular", "first"]
-DEPTH_METHODS: tuple[DepthMethod, ...] = get_args(DepthMethod)
 STATE_MEMORY = 4 * 10**9
 """Bytes of hidden states that are kept where nothing else is said."""
 
@@ -52,6 +51,10 @@ class Settings:
     state_memory: int = STATE_MEMORY
     workers: int | None = None
     resume: bool = False
+
+    def lowest(self, depth: int) -> int:
+        """The smallest depth to select for, of a model of ``depth`` blocks: half of them where none is given."""
+        return default_minimum_depth(depth) if self.minimum_depth is None else self.minimum_depth
 
 
 @dataclass
@@ -82,9 +85,8 @@ class Stage1:
     @property
     def removals(self) -> int:
         """The most blocks to remove."""
-        depth, lowest = self.model.architecture.depth, self.settings.minimum_depth
-        lowest = default_minimum_depth(depth) if lowest is None else lowest
-        return min(depth - lowest, depth - self.settings.keep_last)
+        depth = self.model.architecture.depth
+        return depth - max(self.settings.lowest(depth), self.settings.keep_last)
 
     def remover(self) -> Remover:
         """What measures sets of removed units: the cluster, or this machine."""
@@ -132,10 +134,9 @@ class Stage1:
             found = self._by_programming(remover, full)
         else:
             found = self._by_one_shot(remover, full)
-        depth, sublayers = self.model.architecture.depth, self.settings.units == "sublayer"
-        step = 2 if sublayers else 1
+        depth, step = self.model.architecture.depth, UNITS_A_BLOCK[self.settings.units]
         depths = {
-            depth - m // step: depth_choice(depth, removed, metric_value(metric, cost, count), sublayers)
+            depth - m // step: depth_choice(depth, removed, metric_value(metric, cost, count), step == 2)
             for m, (removed, cost) in enumerate(found)
             if m % step == 0
         }
@@ -143,7 +144,7 @@ class Stage1:
 
     def _by_programming(self, remover: Remover, full: float) -> list[tuple[Removed, float]]:
         settings = self.settings
-        scale = 2 if settings.units == "sublayer" else 1
+        scale = UNITS_A_BLOCK[settings.units]
         removals, keep_last = scale * self.removals, scale * settings.keep_last
         saved = SavedTable.of(self._identity())
         start = saved.read(remover.units - keep_last, removals, settings.beam) if settings.resume else None
@@ -204,7 +205,7 @@ class Stage1:
     def _work_facts(self, remover: Remover) -> dict[str, Any]:
         """What measuring took, in evaluations of one unit over all calibration data, beside the plain ways' counts."""
         tokens = sum(batch.tokens for batch in self.calibration.batches)
-        work, scale = remover.work, 2 if self.settings.units == "sublayer" else 1
+        work, scale = remover.work, UNITS_A_BLOCK[self.settings.units]
         evaluations: dict[str, Any] = {
             "measured": round(work.tokens / tokens, 2),
             "untouched": round(work.tokens_untouched / tokens, 2),
@@ -217,7 +218,7 @@ class Stage1:
 
 
 def _check(settings: Settings, depth: int) -> None:
-    lowest = default_minimum_depth(depth) if settings.minimum_depth is None else settings.minimum_depth
+    lowest = settings.lowest(depth)
     if not 1 <= lowest <= depth:
         raise BadInput(f"--min-depth {lowest} is not within 1..{depth}, the blocks of this model")
     if not 0 <= settings.keep_last <= depth:
