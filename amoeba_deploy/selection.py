@@ -146,7 +146,7 @@ def write_selection(folder: Path, selection: Selection) -> None:
 
 def _read_blocks(file: Path, architecture: Architecture) -> tuple[BlockScores, ...]:
     infos, _ = read_header(file)
-    data = np.memmap(file, mode="r")
+    data = file.read_bytes()  # not mapped: a file that is cut short later would end the process; it is small
 
     def array(name: str, length: int) -> NDArray[np.float32]:
         info = infos.get(name)
