@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from amoeba_deploy.errors import BadInput
 
@@ -28,6 +28,28 @@ class Rope:
         if name not in found:
             raise BadInput(f"the config's rotary scaling '{self.kind}' lacks '{name}'; complete config.json")
         return found[name]
+
+
+Dim = Literal["hidden", "head", "query", "key_value", "neuron"]
+"""What an axis of a tensor counts: hidden channels, channels of one head, rows of all query heads, rows of all
+key/value heads, or neurons."""
+
+
+HeadRule = Literal["any", "divides", "all"]
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Constant factors of a forward pass that are one, or follow from the head size, in most families.
+
+    Embeddings and what each sublayer adds are multiplied by theirs, logits are divided by theirs; ``attention``
+    multiplies scores, head_dim**-0.5 where it is None.
+    """
+
+    embedding: float = 1.0
+    attention: float | None = None
+    residual: float = 1.0
+    logits: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -51,6 +73,14 @@ class Architecture:
     mlp_bias: bool = False
     qk_norm: bool = False
     sliding_window: int | None = None
+    norms: int = 2
+    """RMS norms over the hidden size in a block."""
+    head_rule: HeadRule = "any"
+    """How many heads a subnet may keep: any groups, those whose query heads divide the hidden size, or ``all``, because
+    norms span all query or key heads together; ``qk_norm`` then means those."""
+    scales: Scales = Scales()
+    traits: tuple[str, ...] = ()
+    """What its forward pass does beyond the common block, by name; an engine that does not know one refuses."""
 
     @property
     def group(self) -> int:
@@ -67,7 +97,8 @@ class Architecture:
     def block_other_parameters(self) -> int:
         """Norms and biases of one block."""
         query, key_value = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        count = 2 * self.hidden + (2 * self.head_dim if self.qk_norm else 0)
+        norms = (query + key_value) if self.head_rule == "all" else 2 * self.head_dim
+        count = self.norms * self.hidden + (norms if self.qk_norm else 0)
         count += (query + 2 * key_value) if self.qkv_bias else 0
         count += self.hidden if self.output_bias else 0
         return count + (2 * self.neurons + self.hidden if self.mlp_bias else 0)
@@ -76,6 +107,14 @@ class Architecture:
     def block_parameters(self) -> int:
         """All parameters of one block."""
         return self.block_matrix_parameters + self.block_other_parameters
+
+    def extent(self, dims: Dim | tuple[Dim, ...]) -> int:
+        """The length of an axis; a fused axis has several dims, one behind the other."""
+        if isinstance(dims, tuple):
+            return sum(self.extent(dim) for dim in dims)
+        query, key_value = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        sizes: dict[Dim, int] = {"hidden": self.hidden, "head": self.head_dim, "query": query}
+        return (sizes | {"key_value": key_value, "neuron": self.neurons})[dims]
 
     @property
     def embedding_parameters(self) -> int:

@@ -10,21 +10,25 @@ import hashlib
 import shutil
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from amoeba_deploy import __version__
+from amoeba_deploy import __version__, families
+from amoeba_deploy.adapters import Adapters, read_adapters
 from amoeba_deploy.architecture import Architecture
+from amoeba_deploy.compensation import LowRanks, block_biases
 from amoeba_deploy.errors import BadInput, VerificationFailed
+from amoeba_deploy.extraction import Learnt
 from amoeba_deploy.files import read_json, sha256_of, write_json
 from amoeba_deploy.model_folder import ModelFolder, resolve_model
-from amoeba_deploy.plan import NEURON_MULTIPLE, Plan, read_plan, sized, subnet_widths
+from amoeba_deploy.plan import NEURON_MULTIPLE, Plan, Steps, read_plan, sized, subnet_widths
 from amoeba_deploy.quality import WIDTHS, Quality, read_quality
 from amoeba_deploy.selection import Selection, read_selection
 from amoeba_deploy.shape import Policy, Shape, parse_width, width_to_json
 
 CHECKPOINT_FORMAT = "amoeba.checkpoint/1"
+ADAPTER_KINDS = ("smol", "lora")
 EMBEDDED = Path(__file__).parent / "demo" / "checkpoint"
 _PARTS = ("amoeba.json", "selection.json", "selection.safetensors", "smol.safetensors", "quality.json")
 
@@ -40,11 +44,20 @@ class Checkpoint:
     quality: Quality | None
     multiple: int
     widths: tuple[Fraction, ...]
+    policy: Policy
+    bias: bool
+    """Whether its subnets carry compensating biases, unless told otherwise."""
+    adapters: Adapters | None
 
     @property
     def architecture(self) -> Architecture:
         """Sizes of the full model."""
         return self.model.architecture
+
+    @property
+    def steps(self) -> Steps:
+        """The numbers of heads and neurons that its subnets may keep, as far as no engine asks for others."""
+        return Steps.of(self.architecture, self.multiple)
 
     @cached_property
     def digest(self) -> str:
@@ -65,12 +78,13 @@ class Checkpoint:
 
     def shapes(self) -> list[Shape]:
         """Every distinct subnet, by its shortest name: all depths and all legal widths."""
-        widths = subnet_widths(self.architecture, self.minimum_width, self.multiple)
-        return [Shape(d, w) for d in range(self.architecture.depth, self.minimum_depth - 1, -1) for w in widths]
+        widths = subnet_widths(self.architecture, self.minimum_width, self.steps)
+        depths = range(self.architecture.depth, self.minimum_depth - 1, -1)
+        return [Shape(depth, width, self.policy) for depth in depths for width in widths]
 
     def sized(self, shape: Shape) -> Architecture:
         """The sizes of a shape's subnet."""
-        return sized(self.architecture, shape, self.multiple)
+        return sized(self.architecture, shape, self.steps)
 
     def require_whole_blocks(self) -> None:
         """Raise BadInput where depths remove attention and feed-forward apart: no latency is known of such blocks."""
@@ -80,17 +94,31 @@ class Checkpoint:
                 f"whole blocks only; extract and evaluate its shapes, or select again with --units block"
             )
 
-    def plan(self, shape: Shape, multiple: int | None = None) -> Plan:
+    def plan(self, shape: Shape, steps: Steps | None = None) -> Plan:
         """The exact units of a shape; raises BadInput where the selection does not cover its depth."""
         if shape.depth > self.architecture.depth:
             raise BadInput(f"the shape {shape} asks for {shape.depth} blocks; the model has {self.architecture.depth}")
-        return self.selection.plan(self.architecture, shape, multiple or self.multiple)
+        return self.selection.plan(self.architecture, shape, steps or self.steps)
 
-    def plan_of(self, text: str, multiple: int | None = None, policy: Policy = "uniform") -> Plan:
-        """The plan of ``--shape``: a shape such as 24x0.75, or the path of a plan file."""
+    def plan_of(self, text: str, steps: Steps | None = None, policy: Policy | None = None) -> Plan:
+        """The plan of ``--shape``: a shape such as 24x0.75, under the checkpoint's policy unless told otherwise, or
+        the path of a plan file."""
         if text.endswith(".json"):
             return read_plan(Path(text), self.architecture)
-        return self.plan(Shape.parse(text, policy), multiple)
+        return self.plan(Shape.parse(text, policy or self.policy), steps)
+
+    def learnt(self, plan: Plan, bias: bool | None = None) -> Learnt:
+        """What the checkpoint adds to its base model's weights in one plan.
+
+        ``bias`` asks for compensating biases or forbids them; left out, the checkpoint's own choice is followed.
+        """
+        low_rank: LowRanks = lambda _block, _matrix: None  # noqa: E731
+        if self.adapters is not None:
+            mixture = self.adapters.mixture(plan.kept_blocks, plan.shape.width)
+            low_rank = partial(self.adapters.low_rank, mixture)
+        if not (self.bias if bias is None else bias):
+            return Learnt(low_rank)
+        return Learnt(low_rank, cache(lambda block: block_biases(self.model, self.selection, block, low_rank)))
 
     def origin(self) -> dict[str, Any]:
         """What derived models say about where they come from."""
@@ -122,13 +150,12 @@ def open_checkpoint(path: Path | None = None) -> Checkpoint:
         raise BadInput(
             f"{folder / 'amoeba.json'}: base, multiple, widths or name is missing or wrong; create it again"
         ) from None
-    if (head.get("policy"), head.get("bias")) != ("uniform", "off"):
+    policy, bias, kind = head.get("policy"), head.get("bias"), head.get("adapters")
+    if policy not in ("uniform", "adaptive") or bias not in ("on", "off") or kind not in (None, *ADAPTER_KINDS):
         raise BadInput(
-            f"{folder / 'amoeba.json'}: has policy {head.get('policy')!r} and bias {head.get('bias')!r}; this version "
-            f"derives subnets with policy 'uniform' and bias 'off' only"
+            f"{folder / 'amoeba.json'}: has policy {policy!r}, bias {bias!r} and adapters {kind!r}; known are the "
+            f"policies uniform and adaptive, bias on and off, and adapters null, {' and '.join(ADAPTER_KINDS)}"
         )
-    if head.get("adapters") is not None:
-        raise BadInput(f"{folder}: holds tuned adapters, which this version cannot merge; use a newer version")
     where = folder / base  # an absolute path stays what it is
     if not where.is_dir():
         raise BadInput(
@@ -145,12 +172,20 @@ def open_checkpoint(path: Path | None = None) -> Checkpoint:
     selection = read_selection(folder, model.architecture)
     if selection.base_digest != digest:
         raise BadInput(f"{folder}: its selection was made for another base model; create the checkpoint again")
-    quality = read_quality(folder, model.architecture, multiple)
-    return Checkpoint(folder, name, model, selection, quality, multiple, widths)
+    quality = read_quality(folder, model.architecture, multiple, policy, bias == "on")
+    adapters = None if kind is None else read_adapters(folder, model.architecture)
+    return Checkpoint(folder, name, model, selection, quality, multiple, widths, policy, bias == "on", adapters)
 
 
 def create_checkpoint(
-    model_name: str, selection_folder: Path, output: Path, *, name: str | None = None, include_base: bool = False
+    model_name: str,
+    selection_folder: Path,
+    output: Path,
+    *,
+    name: str | None = None,
+    include_base: bool = False,
+    policy: Policy = "uniform",
+    bias: bool = False,
 ) -> Checkpoint:
     """Write a checkpoint without adapters into an existing, empty folder, and open it.
 
@@ -160,12 +195,16 @@ def create_checkpoint(
         output: the folder to fill.
         name: what derived models call it; the model's name where left out.
         include_base: copy the base model into the checkpoint instead of referring to it.
+        policy: how its subnets' widths are spread over blocks, unless told otherwise.
+        bias: whether its subnets carry compensating biases, unless told otherwise.
 
     Raises:
         BadInput: the selection is not of this model.
     """
     model = ModelFolder(resolve_model(model_name).resolve())
     model.check_shapes()
+    if bias:
+        families.compensated(model.architecture)
     selection = read_selection(selection_folder, model.architecture)
     if selection.base_digest != model.digest:
         raise BadInput(
@@ -183,8 +222,8 @@ def create_checkpoint(
         "tool": f"amoeba-deploy {__version__}",
         "name": name or Path(model_name).name,
         "base": {"path": base, "digest": model.digest},
-        "policy": "uniform",
-        "bias": "off",
+        "policy": policy,
+        "bias": "on" if bias else "off",
         "multiple": NEURON_MULTIPLE,
         "widths": [width_to_json(width) for width in WIDTHS],
         "adapters": None,

@@ -316,9 +316,7 @@ def checkpoint_verify(checkpoint: Path | None, as_json: bool, quiet: bool) -> No
 @click.option(
     "--policy",
     type=click.Choice(["uniform", "adaptive"]),
-    default="uniform",
-    show_default=True,
-    help="Every block alike, or by one threshold over all; then padded to the widest block.",
+    help="Every block alike, or by one threshold over all blocks.  [default: the checkpoint's]",
 )
 @click.option(
     "--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), help="Of the weights.  [default: the base model's]"
@@ -333,7 +331,7 @@ def extract(
     checkpoint: Path | None,
     shape: str,
     output: Path | None,
-    policy: Policy,
+    policy: Policy | None,
     dtype: str | None,
     multiple: int | None,
     plan_only: bool,
@@ -349,9 +347,11 @@ def extract(
     from amoeba_deploy.extraction import DTYPES
     from amoeba_deploy.extraction import extract as run_extraction
     from amoeba_deploy.files import json_text, whole_folder
+    from amoeba_deploy.plan import Steps
 
     opened = open_named(checkpoint)
-    plan = opened.plan_of(shape, multiple, policy)
+    steps = Steps.of(opened.architecture, multiple) if multiple else None
+    plan = opened.plan_of(shape, steps, policy)
     if plan_only:
         click.echo(json_text(plan.to_json()), nl=False)
         return
@@ -359,7 +359,12 @@ def extract(
         raise BadInput("extract needs -o DIR to write to, or --plan-only")
     with whole_folder(output, force, (opened.path, opened.model.path)) as folder:
         done = run_extraction(
-            opened.model, plan, folder, dtype=DTYPES[dtype] if dtype else None, origin=opened.origin()
+            opened.model,
+            plan,
+            folder,
+            dtype=DTYPES[dtype] if dtype else None,
+            learnt=opened.learnt(plan),
+            facts=opened.origin(),
         )
     value = {"path": str(output), "plan": plan.to_json(), "seconds": round(done.seconds, 4), "bytes": done.bytes}
     said = f"{output}: {plan.shape}, {done.bytes / 1e6:.1f} MB of weights in {done.seconds:.2f} s"

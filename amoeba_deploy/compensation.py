@@ -5,11 +5,13 @@ b = W[:, removed] @ mean[removed] (FLAP, arXiv 2312.11983, section 3.4), with th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from amoeba_deploy.cutting import LowRank, times_vector
 from amoeba_deploy.model_folder import ModelFolder
 from amoeba_deploy.plan import BlockPlan, Plan
 from amoeba_deploy.selection import Selection
@@ -18,25 +20,33 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Bias = NDArray[np.float32]
+LowRanks = Callable[[int, str], LowRank | None]
+"""For a block of the full model and a matrix of it what tuning added."""
 
 
-def removed_mean(weight: NDArray[np.float32], mean: NDArray[np.float32], removed: NDArray[np.bool_]) -> Bias:
-    """What the removed input channels [n] add to the outputs of a weight [out, n] when they are at their means [n]."""
-    found = weight[:, removed].astype(np.float64) @ mean[removed].astype(np.float64)
-    return found.astype(np.float32)
+def removed_mean(mean: NDArray[np.float32], kept: tuple[int, ...], size: int) -> NDArray[np.float32]:
+    """The means [units * size] of input channels with those of the kept units, each of ``size`` channels, at zero."""
+    found = mean.reshape(-1, size).copy()
+    found[list(kept)] = 0
+    return found.reshape(-1)
 
 
-def block_biases(model: ModelFolder, selection: Selection, block: BlockPlan) -> tuple[Bias, Bias]:
-    """The compensating biases [hidden] of o_proj and of down_proj in one block of a plan."""
+def block_biases(
+    model: ModelFolder, selection: Selection, block: BlockPlan, low_rank: LowRanks = lambda _block, _matrix: None
+) -> tuple[Bias, Bias]:
+    """The compensating biases [hidden] of o_proj and of down_proj in one block of a plan.
+
+    ``low_rank`` gives what tuning added to a matrix of a block: the bias is of the tuned weights.
+    """
     sizes, scores = model.architecture, selection.blocks[block.index]
-    heads, neurons = np.ones(sizes.heads, bool), np.ones(sizes.neurons, bool)
-    heads[list(block.heads)] = False
-    neurons[list(block.neurons)] = False
     name = f"model.layers.{block.index}"
-    output = model.tensors.float32(f"{name}.self_attn.o_proj.weight")
-    down = model.tensors.float32(f"{name}.mlp.down_proj.weight")
-    attention = removed_mean(output, scores.o_proj_mean, np.repeat(heads, sizes.head_dim))
-    feed_forward = removed_mean(down, scores.down_proj_mean, neurons)
+
+    def added(matrix: str, mean: NDArray[np.float32], kept: tuple[int, ...], size: int) -> Bias:
+        removed = removed_mean(mean, kept, size)
+        return times_vector(model.tensors, f"{name}.{matrix}.weight", removed, low_rank(block.index, matrix))
+
+    attention = added("self_attn.o_proj", scores.o_proj_mean, block.heads, sizes.head_dim)
+    feed_forward = added("mlp.down_proj", scores.down_proj_mean, block.neurons, 1)
     # Extraction drops the model's own bias with a whole sublayer; what that added was constant too.
     if sizes.output_bias and not block.heads:
         attention += model.tensors.float32(f"{name}.self_attn.o_proj.bias")

@@ -89,16 +89,7 @@ def export(
         engine.mkdir()
         progress.say(f"building {order.flow} {order.precision} of {order.plan.shape}")
         with phases.phase("build"):
-            subnet = lower_plan(
-                checkpoint.model,
-                order.plan,
-                backend,
-                order.precision,
-                order.context,
-                engine,
-                Path(work),
-                checkpoint.origin(),
-            )
+            subnet = lower_plan(checkpoint, order.plan, backend, order.precision, order.context, engine, Path(work))
         verification, timing = None, None
         with phases.phase("verify"):
             if verify:

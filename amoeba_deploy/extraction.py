@@ -1,39 +1,64 @@
-"""Extraction: dense weights of one plan, out of a checkpoint's base model into a folder that stock engines load.
+"""Extraction: dense weights of one plan, out of a checkpoint into a folder that stock engines load.
 
-Tensors stream one after the other from memory-mapped shards through a cut along their coupled axes into one output
-file; nothing is masked and nothing is computed but, where asked for, a change of dtype. Blocks of different widths
-are zero-padded to the widest (``layout="uniform"``), which is exact: a padded neuron has zero gate, up and down
-weights, a padded head zero queries, keys, values and o_proj columns. ``layout="ragged"`` leaves every block its own
-size, for engines that read sizes from the tensors.
+Tensors stream one after the other from shards through a cut along their coupled axes into output shards; nothing is
+masked. What a checkpoint learnt beyond its base model's weights goes in on the way: low-rank changes of a tuned one,
+and biases that compensate for what was removed.
+
+Blocks of different widths are zero-padded to the widest (``layout="uniform"``), which is exact: a padded neuron has
+zero gate, up and down weights, a padded head zero queries, keys, values and o_proj columns. ``layout="ragged"`` leaves
+every block its own size, and writes a modelling file beside the weights (ragged.py).
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-from amoeba_deploy import __version__
+from amoeba_deploy import __version__, families
 from amoeba_deploy.architecture import Architecture
+from amoeba_deploy.cutting import LowRank, axis_cut, block_cuts, cut_source
 from amoeba_deploy.errors import BadInput
-from amoeba_deploy.families.family import Axes, Unit
 from amoeba_deploy.files import write_json
 from amoeba_deploy.model_card import model_card
 from amoeba_deploy.model_folder import ModelFolder
 from amoeba_deploy.plan import BlockPlan, Plan
-from amoeba_deploy.tensors import CONFIG_DTYPES, Array, TensorInfo, TensorSource, convert, write_tensors
+from amoeba_deploy.tensors import (
+    CONFIG_DTYPES,
+    Array,
+    TensorInfo,
+    TensorSource,
+    from_float32,
+    made_source,
+    write_model_tensors,
+    write_tensors,
+)
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 """Precisions of dense weights, and how a config spells them."""
 SUBNET_FORMAT = "amoeba.subnet/1"
+SHARD_BYTES = 5 * 10**9
+"""The most data in one file of weights, unless told otherwise; transformers' own limit until its version 5."""
 Layout = Literal["uniform", "ragged"]
-Cut = dict[Unit, NDArray[np.int64]]
-"""For each unit the rows of the full tensor that are kept; -1 stands for a row of zeros."""
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """What a checkpoint adds to its base model's weights in one plan; nothing unless told otherwise."""
+
+    low_rank: Callable[[int, str], LowRank | None] = lambda _block, _matrix: None
+    """For a block of the full model and a matrix of it, such as ``mlp.up_proj``, its change."""
+    biases: Callable[[BlockPlan], tuple[Array, Array]] | None = None
+    """For a block the compensating biases [hidden] of o_proj and down_proj, in float32; None without compensation."""
+
+
+NOTHING = Learnt()
 
 
 @dataclass(frozen=True)
@@ -47,74 +72,87 @@ class Extraction:
     bytes: int
 
 
-def _padded(indices: tuple[int, ...], count: int) -> NDArray[np.int64]:
-    return np.array([*indices, *[-1] * (count - len(indices))], dtype=np.int64)
+OUTPUT_BIASES = {"self_attn.o_proj.bias": 0, "mlp.down_proj.bias": 1}
+"""What a sublayer adds whatever its units give; its place in what ``Learnt.biases`` gives."""
 
 
-def _rows(units: NDArray[np.int64], size: int) -> NDArray[np.int64]:
-    """Row numbers of whole heads: head u owns rows u*size .. u*size+size-1; -1 stays -1."""
-    rows = units[:, None] * size + np.arange(size)
-    return np.where(units[:, None] < 0, -1, rows).reshape(-1)
+def _zeros(dtype: str, length: int) -> TensorSource:
+    return made_source(dtype, (length,), lambda: from_float32(np.zeros(length, np.float32), dtype))
 
 
-def block_cut(architecture: Architecture, block: BlockPlan, kv_heads: int, neurons: int) -> Cut:
-    """Which rows each unit keeps in one block, padded with -1 to ``kv_heads`` groups and ``neurons``."""
-    groups, heads = _padded(block.kv_heads, kv_heads), _padded(block.heads, kv_heads * architecture.group)
-    return {
-        "query": _rows(heads, architecture.head_dim),
-        "key_value": _rows(groups, architecture.head_dim),
-        "neuron": _padded(block.neurons, neurons),
-    }
+def subnet_tensors(
+    model: ModelFolder, plan: Plan, dtype: str, layout: Layout = "uniform", learnt: Learnt = NOTHING
+) -> dict[str, TensorSource]:
+    """All tensors of a subnet, in the order in which decoding reads them; values are made when they are written."""
+    sizes, tensors = model.architecture, model.tensors
+    own = model.family.block_tensors(sizes)
+    held = written_sizes(plan, sizes, compensated=learnt.biases is not None)
+    wanted = families.family_of({"model_type": held.family}).block_tensors(held)
 
+    def whole(name: str) -> TensorSource:
+        return cut_source(tensors, name, (None,) * len(tensors.info(name).shape), dtype)
 
-def cut_tensor(array: Array, axes: Axes, cut: Cut) -> Array:
-    """The kept rows and columns of one tensor; the array itself where nothing is cut."""
-    for axis, unit in enumerate(axes):
-        if unit is None or np.array_equal(cut[unit], np.arange(array.shape[axis])):
-            continue
-        array = np.take(array, np.maximum(cut[unit], 0), axis=axis)
-        padding = cut[unit] < 0
-        if padding.any():
-            array[(slice(None),) * axis + (padding,)] = 0
-    return array
+    def block_sources(block: BlockPlan, position: int) -> Iterator[tuple[str, TensorSource]]:
+        kv_heads, neurons = plan.widest if layout == "uniform" else (len(block.kv_heads), len(block.neurons))
+        cuts = block_cuts(sizes, block, kv_heads, kv_heads * sizes.group, neurons)
+        for name, axes in wanted.items():
+            if name in OUTPUT_BIASES and (learnt.biases or not _units_behind(block, name)):
+                source = _output_bias(model, block, name, dtype, learnt)
+            elif name in own:
+                matrix = name.removesuffix(".weight")
+                source = cut_source(
+                    tensors,
+                    f"model.layers.{block.index}.{name}",
+                    tuple(axis_cut(sizes, axis, cuts) for axis in axes),
+                    dtype,
+                    partial(learnt.low_rank, block.index, matrix),
+                )
+            else:
+                (axis,) = axes
+                cut = axis_cut(sizes, axis, cuts)
+                source = _zeros(dtype, sizes.extent(axis) if cut is None else cut.length)
+            yield f"model.layers.{position}.{name}", source
 
-
-OUTPUT_BIASES = ("self_attn.o_proj.bias", "mlp.down_proj.bias")
-"""What a sublayer adds whatever its units give; it goes with the whole sublayer."""
+    sources = {"model.embed_tokens.weight": whole("model.embed_tokens.weight")}
+    for position, block in enumerate(plan.blocks):
+        sources |= block_sources(block, position)
+    for name in model.family.other_tensors(sizes)[1:]:
+        sources[name] = whole(name)
+    return sources
 
 
 def _units_behind(block: BlockPlan, name: str) -> tuple[int, ...]:
     return block.kv_heads if name.startswith("self_attn") else block.neurons
 
 
-def _zeros(source: TensorSource) -> TensorSource:
-    return replace(source, values=lambda: np.zeros_like(source.values()))
+def _output_bias(model: ModelFolder, block: BlockPlan, name: str, dtype: str, learnt: Learnt) -> TensorSource:
+    """A sublayer's constant output: the model's own while any unit is kept, and what compensates for removed ones."""
+    hidden = model.architecture.hidden
+
+    def values() -> Array:
+        found = np.zeros(hidden, np.float32)
+        full = f"model.layers.{block.index}.{name}"
+        if name in model.family.block_tensors(model.architecture) and _units_behind(block, name):
+            found += model.tensors.float32(full)
+        if learnt.biases is not None:
+            found += learnt.biases(block)[OUTPUT_BIASES[name]]
+        return from_float32(found, dtype)
+
+    return made_source(dtype, (hidden,), values)
 
 
-def subnet_tensors(model: ModelFolder, plan: Plan, dtype: str, layout: Layout = "uniform") -> dict[str, TensorSource]:
-    """All tensors of a subnet, in the order in which decoding reads them; values are made when they are written."""
-    sizes, tensors = model.architecture, model.tensors
-
-    def source(name: str, axes: Axes, cut: Cut) -> TensorSource:
-        info = tensors.info(name)
-        shape = tuple(len(cut[unit]) if unit else extent for unit, extent in zip(axes, info.shape, strict=True))
-        return TensorSource(dtype, shape, lambda: convert(cut_tensor(tensors.raw(name), axes, cut), info.dtype, dtype))
-
-    sources = {"model.embed_tokens.weight": source("model.embed_tokens.weight", (None, None), {})}
-    for position, block in enumerate(plan.blocks):
-        widths = plan.widest if layout == "uniform" else (len(block.kv_heads), len(block.neurons))
-        cut = block_cut(sizes, block, *widths)
-        for name, axes in model.family.block_tensors(sizes).items():
-            new = f"model.layers.{position}.{name}"
-            sources[new] = source(f"model.layers.{block.index}.{name}", axes, cut)
-            if name in OUTPUT_BIASES and not _units_behind(block, name):
-                sources[new] = _zeros(sources[new])
-    for name in model.family.other_tensors(sizes)[1:]:
-        sources[name] = source(name, (None,) * len(tensors.info(name).shape), {})
-    return sources
+def written_sizes(plan: Plan, sizes: Architecture, compensated: bool) -> Architecture:
+    """The sizes of a plan's dense subnet, in the family whose class holds it; raises BadInput where there is none."""
+    subnet = plan.subnet(sizes)
+    held = families.compensated(subnet) if compensated else subnet
+    refused = families.refusal(held)
+    if refused:
+        raise BadInput(f"the subnet cannot be written: {refused}")
+    return held
 
 
-def _other_files(model: ModelFolder) -> Iterator[Path]:
+def other_files(model: ModelFolder) -> Iterator[Path]:
+    """What a derived model takes over as it is: tokenizer and generation settings."""
     yield from model.tokenizer_files()
     generation = model.path / "generation_config.json"
     if generation.is_file():
@@ -132,6 +170,11 @@ def check_plan(model: ModelFolder, plan: Plan) -> None:
         raise BadInput(f"the plan of {plan.shape} keeps no {missing} in any block, which no class holds; keep more")
 
 
+def model_dtype(model: ModelFolder) -> str:
+    """The dtype that a model's config names, as it spells it."""
+    return str(model.config.get("dtype") or model.config.get("torch_dtype") or "float32")
+
+
 def extract(
     model: ModelFolder,
     plan: Plan,
@@ -139,7 +182,9 @@ def extract(
     *,
     dtype: str | None = None,
     layout: Layout = "uniform",
-    origin: dict[str, Any] | None = None,
+    learnt: Learnt = NOTHING,
+    facts: dict[str, Any] | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> Extraction:
     """Write the dense subnet of a plan into an existing, empty folder.
 
@@ -149,35 +194,39 @@ def extract(
         output: the folder to fill.
         dtype: float32, float16 or bfloat16; the model's own where left out.
         layout: ``uniform`` pads blocks of different widths, ``ragged`` does not.
-        origin: facts about the checkpoint for subnet.json (digest, name).
+        learnt: what the checkpoint adds to the model's own weights.
+        facts: about the checkpoint for subnet.json (digest, name, ...).
+        shard_bytes: the most data in one file of weights.
 
     Raises:
         BadInput: the model lacks a tensor, or no stock class can hold the subnet.
     """
     began = time.perf_counter()
     check_plan(model, plan)
-    wanted = dtype or str(model.config.get("dtype") or model.config.get("torch_dtype") or "float32")
+    wanted = dtype or model_dtype(model)
     if wanted not in CONFIG_DTYPES:
         raise BadInput(f"the dtype '{wanted}' is none of {', '.join(CONFIG_DTYPES)}")
-    subnet = plan.subnet(model.architecture)
-    config = model.family.subnet_config(model.config, plan.kept_blocks, subnet, wanted)
+    subnet = written_sizes(plan, model.architecture, compensated=learnt.biases is not None)
+    sources = subnet_tensors(model, plan, CONFIG_DTYPES[wanted], layout, learnt)
+    held_by = families.family_of({"model_type": subnet.family})
+    config = held_by.subnet_config(model.config, plan.kept_blocks, subnet, wanted)
     write_json(output / "config.json", config)
-    for file in _other_files(model):
+    for file in other_files(model):
         (output / file.name).write_bytes(file.read_bytes())
-    sources = subnet_tensors(model, plan, CONFIG_DTYPES[wanted], layout)
-    size = write_tensors(output / "model.safetensors", sources, {"format": "pt"})
-    parameters = sum(int(np.prod(source.shape)) for source in sources.values())
-    facts = {
+    threads = min(len(os.sched_getaffinity(0)), 4)
+    size = write_model_tensors(output, sources, shard_bytes, {"format": "pt"}, threads)
+    said = {
         "format": SUBNET_FORMAT,
         "tool": f"amoeba-deploy {__version__}",
-        **(origin or {}),
+        **(facts or {}),
         "layout": layout,
         "dtype": wanted,
-        "parameters": parameters,
+        "bias": "off" if learnt.biases is None else "on",
+        "parameters": sum(int(np.prod(source.shape)) for source in sources.values()),
         "width_reached": round(plan.width_reached(model.architecture), 6),
     }
-    write_json(output / "subnet.json", facts | {k: v for k, v in plan.to_json().items() if k != "format"})
-    (output / "README.md").write_text(model_card(model, plan, facts), encoding="utf-8")
+    write_json(output / "subnet.json", said | {k: v for k, v in plan.to_json().items() if k != "format"})
+    (output / "README.md").write_text(model_card(model, plan, said), encoding="utf-8")
     return Extraction(output, plan, subnet, time.perf_counter() - began, size)
 
 
@@ -186,7 +235,7 @@ def copy_other_files(model: ModelFolder, output: Path) -> None:
     if output == model.path:
         return
     subnet = [model.path / "subnet.json"] if (model.path / "subnet.json").is_file() else []
-    for file in (model.path / "config.json", *subnet, *_other_files(model)):
+    for file in (model.path / "config.json", *subnet, *other_files(model)):
         (output / file.name).write_bytes(file.read_bytes())
 
 
@@ -201,8 +250,8 @@ def copy_model(
 
     def source(name: str, info: TensorInfo) -> TensorSource:
         if values is not None:
-            return TensorSource(wanted, info.shape, lambda: convert(values(name, info), "F32", wanted))
-        return TensorSource(wanted, info.shape, lambda: convert(model.tensors.raw(name), info.dtype, wanted))
+            return made_source(wanted, info.shape, lambda: from_float32(values(name, info), wanted))
+        return cut_source(model.tensors, name, (None,) * len(info.shape), wanted)
 
     copy_other_files(model, output)
     write_json(output / "config.json", model.config | {"dtype": dtype, "torch_dtype": dtype})

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from amoeba_deploy.backends.backend import Backend
+from amoeba_deploy.checkpoint import Checkpoint
 from amoeba_deploy.extraction import extract
 from amoeba_deploy.model_folder import ModelFolder
 from amoeba_deploy.plan import Plan
 
 
 def lower_plan(
-    model: ModelFolder,
+    checkpoint: Checkpoint,
     plan: Plan,
     backend: Backend,
     precision: str,
     context: int,
     output: Path,
     work: Path,
-    origin: dict[str, Any] | None = None,
 ) -> ModelFolder:
     """Write the artefact of a plan into the empty folder ``output``; returns the dense subnet it was made from.
 
@@ -28,7 +27,7 @@ def lower_plan(
     """
     dtype = backend.weight_dtype(precision)
     dense = output if dtype else work
-    extract(model, plan, dense, dtype=dtype, origin=origin)
+    extract(checkpoint.model, plan, dense, dtype=dtype, learnt=checkpoint.learnt(plan), facts=checkpoint.origin())
     subnet = ModelFolder(dense)
     backend.lower(subnet, output, precision, context)
     return subnet

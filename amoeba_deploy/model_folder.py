@@ -7,12 +7,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from amoeba_deploy.architecture import Architecture
 from amoeba_deploy.errors import BadInput
 from amoeba_deploy.families import family_of, read_architecture
 from amoeba_deploy.families.family import Family
 from amoeba_deploy.files import read_json_object, sha256_of
-from amoeba_deploy.tensors import TensorFolder
+from amoeba_deploy.tensors import TensorFolder, as_float32
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -72,23 +75,29 @@ class ModelFolder:
     def check_shapes(self) -> None:
         """Raise BadInput where a tensor is missing or is not of the shape that the config implies."""
         sizes = self.architecture
-        extent = {
-            "query": sizes.heads * sizes.head_dim,
-            "key_value": sizes.kv_heads * sizes.head_dim,
-            "neuron": sizes.neurons,
-        }
         wanted: dict[str, tuple[int, ...]] = {
             name: (sizes.hidden,) if "norm" in name else (sizes.vocabulary, sizes.hidden)
             for name in self.family.other_tensors(sizes)
         }
         for index in range(sizes.depth):
             for name, axes in self.family.block_tensors(sizes).items():
-                free = sizes.head_dim if "q_norm" in name or "k_norm" in name else sizes.hidden
-                wanted[f"model.layers.{index}.{name}"] = tuple(extent[axis] if axis else free for axis in axes)
+                wanted[f"model.layers.{index}.{name}"] = tuple(sizes.extent(axis) for axis in axes)
         for name, shape in wanted.items():
             found = self.tensors.info(name).shape
             if found != shape:
                 raise BadInput(f"{self.path}: tensor '{name}' is {list(found)}, its config calls for {list(shape)}")
+
+    def block_matrix(self, index: int, name: str) -> NDArray[np.float32]:
+        """A matrix [out, in] of the common block, such as ``mlp.gate_proj``, also where it is fused with others."""
+        if name not in self.family.fused:
+            return self.tensors.float32(f"model.layers.{index}.{name}.weight")
+        tensor, place = self.family.fused[name]
+        axis = self.family.block_tensors(self.architecture)[f"{tensor}.weight"][0]
+        assert isinstance(axis, tuple)
+        begin = self.architecture.extent(axis[:place])
+        rows = slice(begin, begin + self.architecture.extent(axis[place]))
+        whole = f"model.layers.{index}.{tensor}.weight"
+        return as_float32(self.tensors.raw(whole)[rows], self.tensors.info(whole).dtype)
 
     @cached_property
     def digest(self) -> str:

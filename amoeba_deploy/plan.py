@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 
 from amoeba_deploy.architecture import Architecture
 from amoeba_deploy.errors import BadInput
-from amoeba_deploy.shape import Shape, distinct_widths, kept_units, parse_width
+from amoeba_deploy.shape import Shape, distinct_widths, kept_units, nearest_count, parse_width
 
 PLAN_FORMAT = "amoeba.plan/1"
 NEURON_MULTIPLE = 32
@@ -115,6 +116,9 @@ def adaptive_ratios(architecture: Architecture, width: Fraction, scores: Scores)
     per_block = sizes.kv_heads + sizes.neurons
     group, neuron = 2 * (sizes.group + 1) * sizes.head_dim * d, 3 * d
     ranked = np.concatenate([np.concatenate(scores(index)) for index in range(sizes.depth)]).astype(np.float64)
+    if sizes.head_rule == "all":  # no group is prunable: all come first and weigh nothing
+        group = 0
+        ranked.reshape(sizes.depth, per_block)[:, : sizes.kv_heads] = np.inf
     weights = np.tile([group] * sizes.kv_heads + [neuron] * sizes.neurons, sizes.depth)
     order = np.argsort(-ranked, kind="stable")
     reached = np.cumsum(weights[order])
@@ -128,12 +132,39 @@ def adaptive_ratios(architecture: Architecture, width: Fraction, scores: Scores)
     ]
 
 
+@dataclass(frozen=True)
+class Steps:
+    """The numbers of units that a block may keep: ``groups`` of key/value heads, neurons in multiples."""
+
+    groups: tuple[int, ...]
+    multiple: int
+
+    @classmethod
+    def of(cls, architecture: Architecture, multiple: int = NEURON_MULTIPLE) -> Steps:
+        """The finest steps of a model: every number of groups that its family's stock class holds."""
+        full, hidden, rule = architecture.kv_heads, architecture.hidden, architecture.head_rule
+        groups = range(full if rule == "all" else 1, full + 1)
+        legal = (count for count in groups if rule != "divides" or hidden % (count * architecture.group) == 0)
+        return cls(tuple(legal), multiple)
+
+    def kept(self, architecture: Architecture, groups: Fraction, neurons: Fraction) -> tuple[int, int]:
+        """How many groups and neurons ratios of them keep: the nearest that may be kept."""
+        count = nearest_count(self.groups, architecture.kv_heads, groups)
+        return count, kept_units(architecture.neurons, neurons, self.multiple)
+
+    def edges(self, architecture: Architecture) -> set[Fraction]:
+        """The widths at which what is kept may change."""
+        halves = {Fraction(a + b, 2 * architecture.kv_heads) for a, b in pairwise(self.groups)}
+        steps = range(architecture.neurons // self.multiple + 2)
+        return halves | {Fraction(2 * step + 1, 2) * self.multiple / architecture.neurons for step in steps}
+
+
 def make_plan(
     architecture: Architecture,
     shape: Shape,
     kept_blocks: Sequence[int],
     scores: Scores,
-    multiple: int = NEURON_MULTIPLE,
+    steps: Steps | None = None,
     *,
     without_attention: Sequence[int] = (),
     without_feed_forward: Sequence[int] = (),
@@ -145,33 +176,34 @@ def make_plan(
         shape: what to keep; its depth is ``len(kept_blocks)`` where all of them are whole.
         kept_blocks: ascending block indices, from the selection.
         scores: of every block; ``adaptive`` compares those of all blocks, removed ones too.
-        multiple: neurons are kept in multiples of this.
+        steps: the numbers of units that a block may keep; any number of groups where left out.
         without_attention: kept blocks of which no attention is kept.
         without_feed_forward: kept blocks of which no feed-forward is kept.
     """
+    steps = steps or Steps.of(architecture)
     ratios: list[BlockRatios] = [(shape.width, shape.width)] * architecture.depth
     if shape.policy == "adaptive" and shape.width != 1:
         ratios = adaptive_ratios(architecture, shape.width, scores)
     blocks = []
     for index in kept_blocks:
         head_scores, neuron_scores = scores(index)
-        groups = kept_units(architecture.kv_heads, ratios[index][0])
-        neurons = kept_units(architecture.neurons, ratios[index][1], multiple)
+        groups, neurons = steps.kept(architecture, *ratios[index])
         kept_groups = best_units(head_scores, 0 if index in without_attention else groups)
         kept_neurons = best_units(neuron_scores, 0 if index in without_feed_forward else neurons)
         blocks.append(block_plan(architecture, index, kept_groups, kept_neurons))
     return Plan(shape, tuple(blocks))
 
 
-def subnet_widths(architecture: Architecture, minimum: Fraction, multiple: int = NEURON_MULTIPLE) -> list[Fraction]:
+def subnet_widths(architecture: Architecture, minimum: Fraction, steps: Steps | None = None) -> list[Fraction]:
     """All widths from ``minimum`` to 1 that give different subnets, widest first, each by its shortest name."""
-    return distinct_widths([(architecture.kv_heads, 1), (architecture.neurons, multiple)], minimum)
+    chosen = steps or Steps.of(architecture)
+    return distinct_widths(lambda width: chosen.kept(architecture, width, width), chosen.edges(architecture), minimum)
 
 
-def sized(architecture: Architecture, shape: Shape, multiple: int = NEURON_MULTIPLE) -> Architecture:
-    """The sizes of the subnet that a shape asks for; no weights or scores are needed."""
-    kv_heads = kept_units(architecture.kv_heads, shape.width)
-    return architecture.subnet(shape.depth, kv_heads, kept_units(architecture.neurons, shape.width, multiple))
+def sized(architecture: Architecture, shape: Shape, steps: Steps | None = None) -> Architecture:
+    """The sizes of the subnet that a uniform shape asks for; no weights or scores are needed."""
+    chosen = steps or Steps.of(architecture)
+    return architecture.subnet(shape.depth, *chosen.kept(architecture, shape.width, shape.width))
 
 
 def _indices(entry: Mapping[str, Any], key: str, limit: int, where: str) -> tuple[int, ...]:

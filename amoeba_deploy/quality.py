@@ -14,8 +14,8 @@ from amoeba_deploy.architecture import Architecture
 from amoeba_deploy.errors import BadInput
 from amoeba_deploy.files import read_json, write_json
 from amoeba_deploy.interpolation import Point, over_shapes
-from amoeba_deploy.plan import sized, subnet_widths
-from amoeba_deploy.shape import Shape, parse_width
+from amoeba_deploy.plan import Steps, sized, subnet_widths
+from amoeba_deploy.shape import Policy, Shape, parse_width
 
 QUALITY_FORMAT = "amoeba.quality/1"
 WIDTHS = tuple(Fraction(n, 8) for n in (8, 7, 6, 5, 4))
@@ -53,6 +53,7 @@ class Quality:
 
     architecture: Architecture
     multiple: int
+    bias: bool
     text: dict[str, Any]
     rows: tuple[QualityRow, ...]
 
@@ -79,9 +80,17 @@ class Quality:
             at.append((float(row.shape.width), row.loss))
         return points
 
+    def _subnet(self, shape: Shape) -> Architecture | Shape:
+        """What a shape is measured as: under the uniform policy its sizes, which several widths share."""
+        return (
+            shape
+            if shape.policy == "adaptive"
+            else sized(self.architecture, shape, Steps.of(self.architecture, self.multiple))
+        )
+
     @cached_property
-    def _measured(self) -> dict[tuple[str, Architecture], QualityRow]:
-        return {(row.precision, sized(self.architecture, row.shape, self.multiple)): row for row in self.rows}
+    def _measured(self) -> dict[tuple[str, Architecture | Shape], QualityRow]:
+        return {(row.precision, self._subnet(row.shape)): row for row in self.rows}
 
     def loss(self, shape: Shape, precision: str) -> QualityValue:
         """The loss of a shape in a precision, and where the figure is from.
@@ -90,30 +99,40 @@ class Quality:
         """
         known = precision in self._points
         used = precision if known else REFERENCE_PRECISION
-        row = self._measured.get((used, sized(self.architecture, shape, self.multiple)))
+        row = self._measured.get((used, self._subnet(shape)))
         value = row.loss if row else over_shapes(self._points[used], shape.depth, float(shape.width))
         source = (MEASURED if row else INTERPOLATED) if known else UNMEASURED_PRECISION
         return QualityValue("loss", value, source)
 
 
-def grid(architecture: Architecture, minimum_depth: int, widths: Sequence[Fraction], multiple: int) -> list[Shape]:
+def grid(
+    architecture: Architecture,
+    minimum_depth: int,
+    widths: Sequence[Fraction],
+    multiple: int,
+    policy: Policy = "uniform",
+) -> list[Shape]:
     """The shapes whose quality is measured: every depth at each of the widths, and at both sides of each head step.
 
     Neurons go a few at a time and quality changes smoothly with them. A key/value group is a large part of a block
     where there are few, so quality jumps where one more is removed, and a line across that jump would be far off:
     with at most ``STEPPED_GROUPS`` groups the widest and the narrowest width of every number of groups are added.
     """
+    depths = range(architecture.depth, minimum_depth - 1, -1)
+    if policy == "adaptive":
+        return [Shape(depth, width, policy) for depth in depths for width in sorted(widths, reverse=True)]
+    steps = Steps.of(architecture, multiple)
     chosen = list(widths)
     if architecture.kv_heads <= STEPPED_GROUPS:
         by_groups: dict[int, list[Fraction]] = {}
-        for width in subnet_widths(architecture, min(widths), multiple):
-            by_groups.setdefault(sized(architecture, Shape(1, width), multiple).kv_heads, []).append(width)
+        for width in subnet_widths(architecture, min(widths), steps):
+            by_groups.setdefault(sized(architecture, Shape(1, width), steps).kv_heads, []).append(width)
         chosen += [width for legal in by_groups.values() for width in (legal[0], legal[-1])]
     distinct: dict[Architecture, Fraction] = {}
     for width in chosen:
-        distinct.setdefault(sized(architecture, Shape(1, width), multiple), width)
+        distinct.setdefault(sized(architecture, Shape(1, width), steps), width)
     ordered = sorted(distinct.values(), reverse=True)
-    return [Shape(d, width) for d in range(architecture.depth, minimum_depth - 1, -1) for width in ordered]
+    return [Shape(depth, width) for depth in depths for width in ordered]
 
 
 def write_quality(folder: Path, quality: Quality) -> None:
@@ -122,7 +141,7 @@ def write_quality(folder: Path, quality: Quality) -> None:
         {
             **row.shape.to_json(),
             "multiple": quality.multiple,
-            "bias": "off",
+            "bias": "on" if quality.bias else "off",
             "precision": row.precision,
             "loss": round(row.loss, 6),
             "loss_se": round(row.loss_error, 6),
@@ -135,12 +154,18 @@ def write_quality(folder: Path, quality: Quality) -> None:
     write_json(folder / "quality.json", head | {"rows": rows})
 
 
-def read_quality(folder: Path, architecture: Architecture, multiple: int) -> Quality | None:
-    """The quality that a checkpoint folder holds, or None where none was measured; raises BadInput where damaged."""
+def read_quality(
+    folder: Path, architecture: Architecture, multiple: int, policy: Policy = "uniform", bias: bool = False
+) -> Quality | None:
+    """The quality that a checkpoint folder holds, or None where none was measured; raises BadInput where damaged.
+
+    Every row must be of the checkpoint's own multiple, policy and choice of compensating biases.
+    """
     file = folder / "quality.json"
     if not file.exists():
         return None
     value = read_json(file, QUALITY_FORMAT)
+    own = policy, "on" if bias else "off", multiple
     try:
         rows = tuple(
             QualityRow(
@@ -155,7 +180,7 @@ def read_quality(folder: Path, architecture: Architecture, multiple: int) -> Qua
         )
         text = dict(value["text"])
         settings = {(row["policy"], row["bias"], row["multiple"]) for row in value["rows"]}
-        if (value["metric"], value["direction"]) != ("loss", "min") or settings - {("uniform", "off", multiple)}:
+        if (value["metric"], value["direction"]) != ("loss", "min") or settings - {own}:
             raise ValueError
         if not all(row.shape.depth <= architecture.depth for row in rows):
             raise ValueError
@@ -167,4 +192,4 @@ def read_quality(folder: Path, architecture: Architecture, multiple: int) -> Qua
         ) from None
     if not any(row.precision == REFERENCE_PRECISION for row in rows):
         raise BadInput(f"{file}: has no row in {REFERENCE_PRECISION}; measure quality again")
-    return Quality(architecture, multiple, text, rows)
+    return Quality(architecture, multiple, bias, text, rows)

@@ -60,11 +60,11 @@ def shape_logits(checkpoint: Checkpoint, shape: Shape, precision: str, folder: P
     dense, artefact = folder / "dense", folder / "engine"
     dense.mkdir()
     if precision == REFERENCE_PRECISION:
-        extract(checkpoint.model, plan, dense)
+        extract(checkpoint.model, plan, dense, learnt=checkpoint.learnt(plan))
         return torch_logits(load_torch_model(dense))
     artefact.mkdir()
     backend = load_backend(PRECISION_FLOWS[precision])
-    lower_plan(checkpoint.model, plan, backend, precision, context, artefact, dense)
+    lower_plan(checkpoint, plan, backend, precision, context, artefact, dense)
     return engine_logits(backend.open(artefact, precision))
 
 
@@ -87,7 +87,7 @@ def measure_quality(
     rows = text_rows(text, tokenizer, length)
     asked: list[Question] = read_questions(questions) if questions else []
     wanted = precisions or measured_precisions()
-    shapes = grid(sizes, checkpoint.minimum_depth, checkpoint.widths, checkpoint.multiple)
+    shapes = grid(sizes, checkpoint.minimum_depth, checkpoint.widths, checkpoint.multiple, checkpoint.policy)
     found = []
     with progress.bar("quality", len(shapes) * len(wanted)) as step:
         for precision in wanted:
@@ -100,4 +100,4 @@ def measure_quality(
                 found.append(QualityRow(shape, precision, loss.loss, loss.standard_error, rounded, len(asked)))
                 step()
     facts = {"digest": file_digest(text), "tokens": int(rows.size), "sequence": length}
-    return Quality(sizes, checkpoint.multiple, facts, tuple(found))
+    return Quality(sizes, checkpoint.multiple, checkpoint.bias, facts, tuple(found))

@@ -17,7 +17,7 @@ from amoeba_deploy.families import read_architecture
 from amoeba_deploy.files import sha256_of
 from amoeba_deploy.model_folder import read_config
 from amoeba_deploy.options import comma_list
-from amoeba_deploy.plan import NEURON_MULTIPLE, Plan, sized, subnet_widths
+from amoeba_deploy.plan import NEURON_MULTIPLE, Plan, Steps, sized, subnet_widths
 from amoeba_deploy.profiles.device import LOCAL, load_device
 from amoeba_deploy.profiles.local import table_with
 from amoeba_deploy.profiles.prediction import Metric, Prediction
@@ -127,7 +127,7 @@ class Request:
         full = self.space.architecture
         if self.plan is not None and shape == self.plan.shape:
             return self.plan.subnet(full)
-        return sized(full, shape, self.space.multiple)
+        return sized(full, shape, Steps.of(full, self.space.multiple))
 
     def answer(self) -> Answer:
         """Search, or judge the shape that was asked for."""

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from amoeba_deploy.architecture import Architecture
 from amoeba_deploy.errors import BadInput
 from amoeba_deploy.files import read_json, write_json
-from amoeba_deploy.plan import NEURON_MULTIPLE, Plan, make_plan
+from amoeba_deploy.plan import Plan, Steps, make_plan
 from amoeba_deploy.shape import Shape
 from amoeba_deploy.tensors import array_source, as_float32, read_header, write_tensors
 
@@ -116,7 +116,7 @@ class Selection:
             )
         return self.depths[depth]
 
-    def plan(self, architecture: Architecture, shape: Shape, multiple: int = NEURON_MULTIPLE) -> Plan:
+    def plan(self, architecture: Architecture, shape: Shape, steps: Steps | None = None) -> Plan:
         """The exact units that a shape keeps."""
 
         def scores(index: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -128,7 +128,7 @@ class Selection:
             shape,
             choice.kept,
             scores,
-            multiple,
+            steps,
             without_attention=choice.without_attention,
             without_feed_forward=choice.without_feed_forward,
         )

@@ -7,7 +7,7 @@ policy by which that width is spread over the blocks. It does not say *which* un
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
@@ -30,6 +30,11 @@ def kept_units(units: int, ratio: Fraction, multiple: int = 1) -> int:
         return units
     rounded = (ratio * units / multiple + Fraction(1, 2)).__floor__() * multiple
     return min(max(rounded, multiple), units)
+
+
+def nearest_count(counts: Sequence[int], units: int, ratio: Fraction) -> int:
+    """The legal number of units nearest to a ratio of ``units``; of two as near the larger. All counts are legal."""
+    return min(counts, key=lambda count: (abs(count - ratio * units), -count))
 
 
 def parse_width(text: str) -> Fraction:
@@ -110,22 +115,21 @@ def _shortest_decimal(low: Fraction, high: Fraction, target: Fraction) -> Fracti
         digits += 1
 
 
-def distinct_widths(units: Iterable[tuple[int, int]], minimum: Fraction) -> list[Fraction]:
+Kept = Callable[[Fraction], tuple[int, ...]]
+"""How many units of each kind a width keeps; the last kind is the one of the most units."""
+
+
+def distinct_widths(kept: Kept, edges: Iterable[Fraction], minimum: Fraction) -> list[Fraction]:
     """All widths from ``minimum`` to 1 that differ in what they keep, widest first.
 
-    ``units`` holds (count, multiple) of each kind of unit. Widths that keep the same numbers are one; it is named by
+    ``edges`` are the widths at which ``kept`` may change. Widths that keep the same numbers are one; it is named by
     its shortest decimal that keeps those numbers.
     """
-    kinds = list(units)
-    edges = {minimum, Fraction(1)}
-    for count, multiple in kinds:
-        steps = range(count // multiple + 2)
-        edges |= {(Fraction(2 * step + 1, 2) * multiple / count) for step in steps}
-    borders = sorted(edge for edge in edges if minimum <= edge <= 1)
-    named: dict[tuple[int, ...], Fraction] = {tuple(count for count, _ in kinds): Fraction(1)}
+    borders = sorted(edge for edge in {minimum, Fraction(1), *edges} if minimum <= edge <= 1)
+    whole = kept(Fraction(1))
+    named: dict[tuple[int, ...], Fraction] = {whole: Fraction(1)}
     for low, high in pairwise(borders):
-        kept = tuple(kept_units(count, low, multiple) for count, multiple in kinds)
-        if kept not in named:
-            count, index = max((count, index) for index, (count, _) in enumerate(kinds))
-            named[kept] = _shortest_decimal(low, high, Fraction(kept[index], count))
+        numbers = kept(low)
+        if numbers not in named:
+            named[numbers] = _shortest_decimal(low, high, Fraction(numbers[-1], whole[-1]))
     return sorted(named.values(), reverse=True)

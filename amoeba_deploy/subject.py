@@ -62,7 +62,7 @@ def subjects(
     for text in shapes or [f"{checkpoint.architecture.depth}x1"]:
         plan = checkpoint.plan_of(text)
         with tempfile.TemporaryDirectory(prefix="amoeba-evaluate-") as work:
-            extract(checkpoint.model, plan, Path(work))
+            extract(checkpoint.model, plan, Path(work), learnt=checkpoint.learnt(plan))
             yield text, open_subject(Path(work))
 
 

@@ -11,7 +11,7 @@ from amoeba_deploy.architecture import Architecture
 from amoeba_deploy.families import family_of, read_architecture
 from amoeba_deploy.files import write_json
 from amoeba_deploy.model_folder import ModelFolder
-from amoeba_deploy.tensors import CONFIG_DTYPES, TensorSource, from_float32, write_tensors
+from amoeba_deploy.tensors import CONFIG_DTYPES, from_float32, made_source, write_tensors
 
 
 def llama_config(
@@ -51,22 +51,15 @@ def random_model(folder: Path, config: dict[str, Any], seed: int = 0) -> ModelFo
     folder.mkdir(parents=True, exist_ok=True)
     sizes: Architecture = read_architecture(config)
     rng = np.random.default_rng(seed)
-    extent = {
-        "query": sizes.heads * sizes.head_dim,
-        "key_value": sizes.kv_heads * sizes.head_dim,
-        "neuron": sizes.neurons,
-        None: sizes.hidden,
-    }
     family = family_of(config)
     shapes: dict[str, tuple[int, ...]] = {}
     for index in range(sizes.depth):
         for name, axes in family.block_tensors(sizes).items():
-            norm = "q_norm" in name or "k_norm" in name
-            shapes[f"model.layers.{index}.{name}"] = (sizes.head_dim,) if norm else tuple(extent[a] for a in axes)
+            shapes[f"model.layers.{index}.{name}"] = tuple(sizes.extent(axis) for axis in axes)
     for name in family.other_tensors(sizes):
         shapes[name] = (sizes.hidden,) if "norm" in name else (sizes.vocabulary, sizes.hidden)
     sources = {
-        name: TensorSource(dtype, shape, lambda shape=shape: from_float32(_random(shape, rng), dtype))
+        name: made_source(dtype, shape, lambda shape=shape: from_float32(_random(shape, rng), dtype))
         for name, shape in shapes.items()
     }
     write_json(folder / "config.json", config)

@@ -43,6 +43,12 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+GRANITE_SCALES = {
+    "embedding_multiplier": 3.0,
+    "attention_multiplier": 0.2,
+    "residual_multiplier": 0.5,
+    "logits_scaling": 4.0,
+}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-grouped-tied": ("llama", {}),
     "llama-grouped-untied": ("llama", {"tie_word_embeddings": False}),
@@ -55,6 +61,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-untied": ("qwen2", {"tie_word_embeddings": False}),
     "qwen3": ("qwen3", {}),
     "qwen3-multihead": ("qwen3", {"num_key_value_heads": 6}),
+    "granite": ("granite", GRANITE_SCALES),
+    "granite-biases": ("granite", GRANITE_SCALES | {"attention_bias": True, "mlp_bias": True}),
 }
 """Random models by name: family, and what differs from ``BASE``."""
 

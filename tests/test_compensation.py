@@ -115,7 +115,7 @@ def test_nothing_removed_adds_nothing(models: Models, tmp_path: Path) -> None:
         assert not layer.mlp.down_proj.bias.any()
 
 
-def test_the_bias_is_the_removed_columns_at_their_means() -> None:
-    weight = np.array([[1.0, 2, 3], [4, 5, 6]], np.float32)
-    mean = np.array([10.0, 100, 1000], np.float32)
-    assert removed_mean(weight, mean, np.array([True, False, True])).tolist() == [3010, 6040]
+def test_only_removed_channels_keep_their_means() -> None:
+    mean = np.array([10.0, 100, 1000, 1, 2, 3], np.float32)
+    assert removed_mean(mean, (1, 4), 1).tolist() == [10, 0, 1000, 1, 0, 3]
+    assert removed_mean(mean, (0, 2), 2).tolist() == [0, 0, 1000, 1, 0, 0]

@@ -27,6 +27,7 @@ from amoeba_deploy.model_folder import ModelFolder, load_torch_model
 from amoeba_deploy.plan import (
     Plan,
     Scores,
+    Steps,
     adaptive_ratios,
     best_units,
     make_plan,
@@ -106,7 +107,10 @@ def test_distinct_widths_are_all_and_only_the_different_subnets(units: list[tupl
     def kept(width: Fraction) -> tuple[int, ...]:
         return tuple(kept_units(count, width, multiple) for count, multiple in units)
 
-    found = distinct_widths(units, low)
+    edges = [
+        Fraction(2 * i + 1, 2) * multiple / count for count, multiple in units for i in range(count // multiple + 2)
+    ]
+    found = distinct_widths(kept, edges, low)
     assert len({kept(width) for width in found}) == len(found)
     assert {kept(width) for width in found} == {kept(low + (1 - low) * Fraction(i, 4000)) for i in range(4001)} | {
         kept(width) for width in found
@@ -116,7 +120,10 @@ def test_distinct_widths_are_all_and_only_the_different_subnets(units: list[tupl
 
 
 def test_each_width_has_its_shortest_name() -> None:
-    names = [format_width(width) for width in distinct_widths([(4, 1), (512, 32)], Fraction(1, 2))]
+    names = [
+        format_width(width)
+        for width in subnet_widths(replace(LLAMA2_7B, heads=4, kv_heads=4, neurons=512), Fraction(1, 2))
+    ]
     assert names == ["1", "0.94", "0.9", "0.87", "0.8", "0.75", "0.7", "0.63", "0.6", "0.56", "0.5"]
     assert len(subnet_widths(LLAMA2_7B, Fraction(1, 2))) == 189
 
@@ -256,7 +263,7 @@ def test_adaptive_rounds_each_block_and_leaves_none_without_heads_or_neurons() -
     scores = constant_scores([2, 1, -1, -2])
     # 37 % of 4 * 73728 parameters is block 0, the groups of block 1 (27648) and 27 of its neurons (288 each).
     shape = Shape(4, Fraction(37, 100), "adaptive")
-    exact, rounded = (make_plan(GROUPED, shape, range(4), scores, multiple) for multiple in (1, 32))
+    exact, rounded = (make_plan(GROUPED, shape, range(4), scores, Steps.of(GROUPED, multiple)) for multiple in (1, 32))
     assert [len(block.kv_heads) for block in rounded.blocks] == [3, 3, 1, 1]
     assert [len(block.neurons) for block in exact.blocks] == [160, 27, 1, 1]
     assert [len(block.neurons) for block in rounded.blocks] == [160, 32, 32, 32]

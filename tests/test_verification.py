@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,6 @@ from amoeba_deploy.backends import load_backend
 from amoeba_deploy.backends.backend import Engine, Ids
 from amoeba_deploy.bundle import ENGINE
 from amoeba_deploy.checkpoint import Checkpoint
-from amoeba_deploy.families import refusal
 from amoeba_deploy.model_folder import ModelFolder
 from amoeba_deploy.selftest import SelfTest, check, record
 from amoeba_deploy.verification import compare
@@ -112,13 +110,6 @@ def test_a_table_of_this_machine_is_not_another_devices(demo: Checkpoint, tmp_pa
     assert amoeba("profile", *options, *workload, "--device", "orin-nx", "--force").exit_code == 0
     assert json.loads(amoeba(*search).stdout)["predicted"]["source"] == "measured"
     assert demo.architecture.depth == 12
-
-
-def test_search_leaves_out_what_no_stock_class_holds(models: Callable[[str], ModelFolder]) -> None:
-    sizes = models("llama-biases").architecture
-    assert refusal(sizes) is None
-    assert "do not divide the hidden size" in str(refusal(replace(sizes, heads=5, kv_heads=5)))
-    assert refusal(replace(sizes, heads=5, kv_heads=5, qkv_bias=False, mlp_bias=False)) is None
 
 
 def test_the_engine_of_a_bundle_lies_under_engine(checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -23,11 +23,13 @@ from amoeba_deploy.extraction import copy_model, copy_other_files
 from amoeba_deploy.files import write_json
 from amoeba_deploy.model_folder import ModelFolder
 from amoeba_deploy.precision import StorageFormat
-from amoeba_deploy.tensors import Array, TensorInfo, TensorSource, as_float32, read_header, write_tensors
+from amoeba_deploy.tensors import Array, TensorInfo, TensorSource, as_float32, made_source, read_header, write_tensors
 
 GRAPH = "model.onnx"
 _BITS: dict[str, int | None] = {"fp32": None, "int8": 8, "int4": 4}
 _ROPE_KINDS = ("default", "linear", "llama3")
+_TRAITS = ("scales",)
+"""What it computes beyond the common block."""
 _PACKAGES = ("onnx", "onnxruntime")
 _INSTALL = "pip install 'amoeba-deploy[onnx]'"
 
@@ -104,6 +106,9 @@ class OnnxBackend:
                 f"its sliding window of {subnet.sliding_window} positions is shorter than the context of {context}, "
                 f"which this graph would get wrong without a word; ask for --context {subnet.sliding_window} or less"
             )
+        unknown = [trait for trait in subnet.traits if trait not in _TRAITS]
+        if unknown:
+            return f"its {unknown[0]} is not something that this graph computes"
         if subnet.rope.kind not in _ROPE_KINDS:
             return f"its rotary scaling '{subnet.rope.kind}' is none of {', '.join(_ROPE_KINDS)}"
         if subnet.head_dim % 2:
@@ -213,7 +218,7 @@ def _quantised(model: ModelFolder, bits: int) -> dict[str, TensorSource]:
 
 
 def _float32(model: ModelFolder, name: str) -> TensorSource:
-    return TensorSource("F32", model.tensors.info(name).shape, lambda: model.tensors.float32(name))
+    return made_source("F32", model.tensors.info(name).shape, lambda: model.tensors.float32(name))
 
 
 def _matrices(model: ModelFolder, names: list[str], bits: int) -> dict[str, TensorSource]:
@@ -231,8 +236,8 @@ def _matrices(model: ModelFolder, names: list[str], bits: int) -> dict[str, Tens
     for name in names:
         rows, columns = model.tensors.info(name).shape
         count = -(-columns // BLOCK)
-        packed[f"{name}.packed"] = TensorSource("U8", (rows, count, BLOCK * bits // 8), part(name, 0))
-        scales[f"{name}.scales"] = TensorSource("F32", (rows, count), part(name, 1))
+        packed[f"{name}.packed"] = made_source("U8", (rows, count, BLOCK * bits // 8), part(name, 0))
+        scales[f"{name}.scales"] = made_source("F32", (rows, count), part(name, 1))
     return packed | scales
 
 

@@ -117,6 +117,7 @@ class Emitter:
         self.accuracy = accuracy
         self.graph = Graph()
         self.fused = sizes.head_dim % FUSED_HEAD_MULTIPLE == 0
+        self.attention_scale = sizes.scales.attention or 1 / math.sqrt(sizes.head_dim)
         self.kv_heads: list[int] = []
 
     def vector(self, name: str) -> str:
@@ -196,6 +197,13 @@ class Emitter:
             quantize_axis=1,
             gather_axis=0,
         )
+
+    def scaled(self, value: str, factor: float, result: str) -> str:
+        """A value times a constant; the value itself where that is one."""
+        if factor == 1:
+            return value
+        constant = self.graph.constant(f"f32_{factor!r}", np.array(factor, np.float32))
+        return self.graph.node("Mul", [value, constant], result)
 
     def norm(self, value: str, weight: str, result: str) -> str:
         """RMS norm over the last axis."""
@@ -298,7 +306,7 @@ class Emitter:
                 do_rotary=1,
                 rotary_interleaved=0,
                 local_window_size=-1,
-                scale=1 / math.sqrt(self.sizes.head_dim),
+                scale=self.attention_scale,
             )
         )
         return outputs[0]
@@ -324,7 +332,7 @@ class Emitter:
         values = graph.node("Concat", [f"{past}.value", val], f"present.{index}.value", axis=2)
         grouped = graph.node("Reshape", [query, graph.integers(0, kv_heads, -1, size)], f"{here}.q.grouped")
         scores = graph.node(
-            "FusedMatMul", [grouped, keys], f"{here}.scores", domain=MICROSOFT, transB=1, alpha=1 / math.sqrt(size)
+            "FusedMatMul", [grouped, keys], f"{here}.scores", domain=MICROSOFT, transB=1, alpha=self.attention_scale
         )
         target = self._dynamic_shape(here, kv_heads, group)
         apart = graph.node("Reshape", [scores, target], f"{here}.scores.heads")
@@ -359,17 +367,21 @@ class Emitter:
         """The whole graph."""
         sizes = self.sizes
         self.positions()
-        state = self.embedding()
+        scales = sizes.scales
+        state = self.scaled(self.embedding(), scales.embedding, "embedded.scaled")
         normed = self.norm(state, "model.layers.0.input_layernorm.weight", "block.0.input")
         for index in range(sizes.depth):
-            mixed = self.attention(index, normed)
+            mixed = self.scaled(self.attention(index, normed), scales.residual, f"block.{index}.attention.scaled")
             weight = f"model.layers.{index}.post_attention_layernorm.weight"
             normed, state = self.add_norm(state, mixed, weight, f"block.{index}.middle")
-            output = self.feed_forward(index, normed)
+            output = self.scaled(self.feed_forward(index, normed), scales.residual, f"block.{index}.mlp.scaled")
             last = index + 1 == sizes.depth
             weight = "model.norm.weight" if last else f"model.layers.{index + 1}.input_layernorm.weight"
             normed, state = self.add_norm(state, output, weight, "final" if last else f"block.{index + 1}.input")
-        self.linear(["model.embed_tokens" if sizes.tied else "lm_head"], normed, "logits", sizes.hidden)
+        table = "model.embed_tokens" if sizes.tied else "lm_head"
+        raw = "logits" if scales.logits == 1 else "logits.raw"
+        self.linear([table], normed, raw, sizes.hidden)
+        self.scaled(raw, 1 / scales.logits, "logits")
         return self._finish()
 
     def _finish(self) -> onnx.ModelProto:

@@ -5,6 +5,7 @@ To add one, write a file that builds a ``Family`` and name it in ``_FAMILIES``; 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
@@ -12,7 +13,7 @@ from amoeba_deploy.architecture import Architecture
 from amoeba_deploy.errors import BadInput
 from amoeba_deploy.families.family import Family
 
-_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+_FAMILIES = ("granite", "llama", "mistral", "qwen2", "qwen3")
 
 
 def families() -> tuple[str, ...]:
@@ -36,7 +37,35 @@ def family_of(config: dict[str, Any]) -> Family:
 
 def refusal(subnet: Architecture) -> str | None:
     """Why no stock class can hold a subnet of these sizes, as half a sentence, or None."""
-    return family_of({"model_type": subnet.family}).refusal(subnet)
+    if subnet.head_rule == "divides" and subnet.hidden % subnet.heads:
+        return (
+            f"the stock class of a {subnet.family} takes {subnet.heads} heads only where they divide its hidden size "
+            f"{subnet.hidden}; keep another number"
+        )
+    return None
+
+
+def compensated(subnet: Architecture) -> Architecture:
+    """The sizes of a subnet with biases on o_proj and down_proj, in the family whose stock class holds them.
+
+    Where that family has its biases on all linears together, the others are zeros.
+
+    Raises:
+        BadInput: no stock class computes this family's function with such biases.
+    """
+    if subnet.output_bias and subnet.mlp_bias:
+        return subnet
+    held_by = family_of({"model_type": subnet.family}).compensated
+    if held_by is None:
+        raise BadInput(
+            f"no stock class holds a {subnet.family} with biases on o_proj and down_proj; derive it with --bias off"
+        )
+    if subnet.sliding_window is not None and held_by != subnet.family:
+        raise BadInput(
+            f"no stock class holds a {subnet.family} with both a sliding window and biases on o_proj and down_proj; "
+            f"derive it with --bias off"
+        )
+    return replace(subnet, family=held_by, qkv_bias=True, output_bias=True, mlp_bias=True)
 
 
 def read_architecture(config: dict[str, Any]) -> Architecture:

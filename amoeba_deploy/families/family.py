@@ -9,40 +9,58 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
-from amoeba_deploy.architecture import Architecture, Rope, positive, rope_from_config
+from amoeba_deploy.architecture import Architecture, Dim, Rope, positive, rope_from_config
 from amoeba_deploy.errors import BadInput
 
-Unit = Literal["query", "key_value", "neuron"]
-"""What an axis of a tensor counts: rows of query heads, of key/value heads, or neurons."""
+Axis = Dim | tuple[Dim, ...]
+"""What an axis counts; several dims where matrices are fused, one behind the other."""
 
-Axes = tuple[Unit | None, ...]
-"""For each axis of a tensor the unit it is cut by, or None where it stays whole."""
+Axes = tuple[Axis, ...]
 
-BLOCK_TENSORS: dict[str, Axes] = {
-    "input_layernorm.weight": (None,),
-    "self_attn.q_proj.weight": ("query", None),
-    "self_attn.k_proj.weight": ("key_value", None),
-    "self_attn.v_proj.weight": ("key_value", None),
-    "self_attn.o_proj.weight": (None, "query"),
-    "post_attention_layernorm.weight": (None,),
-    "mlp.gate_proj.weight": ("neuron", None),
-    "mlp.up_proj.weight": ("neuron", None),
-    "mlp.down_proj.weight": (None, "neuron"),
+Tensors = dict[str, Axes]
+"""Axes of tensors by their names."""
+
+INPUT_NORM: Tensors = {"input_layernorm.weight": ("hidden",)}
+ATTENTION: Tensors = {
+    "self_attn.q_proj.weight": ("query", "hidden"),
+    "self_attn.k_proj.weight": ("key_value", "hidden"),
+    "self_attn.v_proj.weight": ("key_value", "hidden"),
+    "self_attn.o_proj.weight": ("hidden", "query"),
 }
-QKV_BIASES: dict[str, Axes] = {
+FEED_FORWARD: Tensors = {
+    "mlp.gate_proj.weight": ("neuron", "hidden"),
+    "mlp.up_proj.weight": ("neuron", "hidden"),
+    "mlp.down_proj.weight": ("hidden", "neuron"),
+}
+MIDDLE_NORM: Tensors = {"post_attention_layernorm.weight": ("hidden",)}
+QKV_BIASES: Tensors = {
     "self_attn.q_proj.bias": ("query",),
     "self_attn.k_proj.bias": ("key_value",),
     "self_attn.v_proj.bias": ("key_value",),
 }
-OUTPUT_BIAS: dict[str, Axes] = {"self_attn.o_proj.bias": (None,)}
-MLP_BIASES: dict[str, Axes] = {
+OUTPUT_BIAS: Tensors = {"self_attn.o_proj.bias": ("hidden",)}
+MLP_BIASES: Tensors = {
     "mlp.gate_proj.bias": ("neuron",),
     "mlp.up_proj.bias": ("neuron",),
-    "mlp.down_proj.bias": (None,),
+    "mlp.down_proj.bias": ("hidden",),
 }
-QK_NORMS: dict[str, Axes] = {"self_attn.q_norm.weight": (None,), "self_attn.k_norm.weight": (None,)}
+QK_NORMS: Tensors = {"self_attn.q_norm.weight": ("head",), "self_attn.k_norm.weight": ("head",)}
+
+
+def biases_and_norms(architecture: Architecture) -> Tensors:
+    """The biases, and the norms of query and key heads, that the switches of an architecture call for."""
+    tensors = dict(QKV_BIASES) if architecture.qkv_bias else {}
+    tensors |= OUTPUT_BIAS if architecture.output_bias else {}
+    tensors |= MLP_BIASES if architecture.mlp_bias else {}
+    return tensors | (QK_NORMS if architecture.qk_norm else {})
+
+
+def common_tensors(architecture: Architecture) -> Tensors:
+    """A block of most families: norm, attention, norm, feed-forward, and what the switches add."""
+    return INPUT_NORM | ATTENTION | MIDDLE_NORM | FEED_FORWARD | biases_and_norms(architecture)
+
 
 PER_LAYER_LISTS = ("layer_types", "no_rope_layers")
 """Config entries with one value a block; they follow the kept blocks."""
@@ -58,8 +76,16 @@ class Family:
     """What transformers assumes where a config of this family says nothing."""
     rewrite: Callable[[dict[str, Any], Architecture], None] | None = None
     """Changes to an already rewritten config (in place) that only this family needs."""
-    refusal: Callable[[Architecture], str | None] = lambda _: None
-    """Why no stock class can hold a subnet of some sizes, as half a sentence, or None."""
+    tensors: Callable[[Architecture], Tensors] = common_tensors
+    """Names (after ``model.layers.{i}.``) and axes of all tensors of a block."""
+    fused: dict[str, tuple[str, int]] = field(default_factory=dict)
+    """For a matrix of the common block the tensor that holds it and its place there, where several are fused."""
+    compensated: str | None = None
+    """The family whose stock class holds a subnet of this one with biases on o_proj and down_proj; None: no class."""
+    class_name: str = ""
+    """The stock causal-language-model class, where subnets of other families are written as one of this."""
+    activations: tuple[str, ...] = ("silu",)
+    """The feed-forward activations that its configs may name."""
 
     def architecture(self, config: dict[str, Any]) -> Architecture:
         """The sizes that a config of this family states; raises BadInput where they contradict each other."""
@@ -69,9 +95,12 @@ class Family:
         kv_heads = positive(config, "num_key_value_heads", heads)
         if heads % kv_heads:
             raise BadInput(f"config.json has {heads} query heads, which {kv_heads} key/value heads do not divide")
-        activation = config.get("hidden_act", "silu")
-        if activation != "silu":
-            raise BadInput(f"config.json has hidden_act {activation!r}; {self.model_type} is known with silu only")
+        activation = config.get("hidden_activation", config.get("hidden_act", self.activations[0]))
+        if activation not in self.activations:
+            known = " or ".join(self.activations)
+            raise BadInput(
+                f"config.json has the activation {activation!r}; {self.model_type} is known with {known} only"
+            )
         return Architecture(
             family=self.model_type,
             depth=positive(config, "num_hidden_layers"),
@@ -88,13 +117,9 @@ class Family:
             **self.flags(config),
         )
 
-    def block_tensors(self, architecture: Architecture) -> dict[str, Axes]:
+    def block_tensors(self, architecture: Architecture) -> Tensors:
         """Names (after ``model.layers.{i}.``) and axes of all tensors of a block, in the order they are written."""
-        tensors = dict(BLOCK_TENSORS)
-        tensors |= QKV_BIASES if architecture.qkv_bias else {}
-        tensors |= OUTPUT_BIAS if architecture.output_bias else {}
-        tensors |= MLP_BIASES if architecture.mlp_bias else {}
-        return tensors | (QK_NORMS if architecture.qk_norm else {})
+        return self.tensors(architecture)
 
     def other_tensors(self, architecture: Architecture) -> list[str]:
         """Names of the tensors outside the blocks."""
@@ -108,10 +133,9 @@ class Family:
         Depth and widths are the subnet's; lists with one entry a block follow ``kept_blocks``; rotary settings and
         dtype stand in both spellings, because readers that pin transformers 4 silently fall back to base 10000.
         """
-        refused = self.refusal(subnet)
-        if refused:
-            raise BadInput(f"the subnet cannot be written: {refused}")
         changed = dict(config)
+        if config.get("model_type") != self.model_type:
+            changed |= {"model_type": self.model_type, "architectures": [self.class_name]}
         changed |= {
             "num_hidden_layers": subnet.depth,
             "num_attention_heads": subnet.heads,

@@ -1,8 +1,8 @@
 """Llama 1, 2 and 3: multi-head or grouped-query, embeddings tied or not, biases on all linears or none.
 
 transformers 5 refuses a Llama whose hidden size its heads do not divide, even with an explicit head size. Such a
-subnet is written as a Mistral without a sliding window, which computes the same function and has no such check; a
-Mistral has no biases, so a Llama with biases keeps only head counts that divide its hidden size.
+subnet is written as a Mistral without a sliding window, which computes the same function and has no such check, or,
+where it has biases, as a Granite whose multipliers are those of a Llama. Fewer engines run a Granite than a Llama.
 """
 
 from __future__ import annotations
@@ -18,23 +18,24 @@ def _flags(config: dict[str, Any]) -> dict[str, Any]:
     return {"qkv_bias": bias, "output_bias": bias, "mlp_bias": bool(config.get("mlp_bias", False))}
 
 
-def _refusal(subnet: Architecture) -> str | None:
-    if subnet.hidden % subnet.heads and (subnet.qkv_bias or subnet.mlp_bias):
-        return (
-            f"its {subnet.heads} heads do not divide the hidden size {subnet.hidden}, which no stock class takes for a "
-            f"Llama with biases; choose a width that keeps a divisor of {subnet.hidden} heads"
-        )
-    return None
-
-
 def _rewrite(config: dict[str, Any], subnet: Architecture) -> None:
+    config |= {"attention_bias": subnet.qkv_bias, "mlp_bias": subnet.mlp_bias}
     if subnet.hidden % subnet.heads == 0:
         return
-    config["architectures"] = ["MistralForCausalLM"]
-    config["model_type"] = "mistral"
-    config["sliding_window"] = None
-    for key in ("attention_bias", "mlp_bias", "pretraining_tp"):
-        config.pop(key, None)
+    config.pop("pretraining_tp", None)
+    if subnet.mlp_bias or subnet.qkv_bias:
+        config |= {
+            "architectures": ["GraniteForCausalLM"],
+            "model_type": "granite",
+            "attention_multiplier": subnet.head_dim**-0.5,
+            "embedding_multiplier": 1.0,
+            "residual_multiplier": 1.0,
+            "logits_scaling": 1.0,
+        }
+        return
+    config |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None}
+    for key in ("attention_bias", "mlp_bias"):
+        del config[key]
 
 
-FAMILY = Family("llama", _flags, rewrite=_rewrite, refusal=_refusal)
+FAMILY = Family("llama", _flags, rewrite=_rewrite, compensated="llama", class_name="LlamaForCausalLM")

@@ -17,4 +17,4 @@ def _flags(config: dict[str, Any]) -> dict[str, Any]:
 
 
 _DEFAULTS = {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096}
-FAMILY = Family("mistral", _flags, _DEFAULTS)
+FAMILY = Family("mistral", _flags, _DEFAULTS, compensated="llama")

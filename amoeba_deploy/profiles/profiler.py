@@ -105,7 +105,7 @@ def _build(checkpoint: Checkpoint, flow: str, precision: str, shape: Shape, cont
     artefact, work = folder / "engine", folder / "dense"
     artefact.mkdir(parents=True)
     work.mkdir()
-    lower_plan(checkpoint.model, checkpoint.plan(shape), backend, precision, context, artefact, work)
+    lower_plan(checkpoint, checkpoint.plan(shape), backend, precision, context, artefact, work)
     return Built(flow, precision, shape, artefact, backend.open(artefact, precision))
 
 
