@@ -33,6 +33,8 @@ from amoeba_deploy.tensors import (
 )
 
 _PART_BYTES = 1 << 20
+_CHANGED_BYTES = 1 << 19
+"""Of parts that are computed on, in float32 and more than one array."""
 Matrix = NDArray[np.float32]
 
 
@@ -157,24 +159,47 @@ def _cut_parts(
     columns = None if column_cut is None else column_cut.rows
     low_rank = None if added is None else added.kept(None if row_cut is None else rows, columns)
     narrow = _column_taker(column_cut, width, NUMPY_OF[info.dtype])
+    change = None
+    if low_rank is not None or info.dtype != dtype:
+        change = _changer(info.dtype, dtype, width if columns is None else len(columns), low_rank)
+    part_bytes = _PART_BYTES if change is None else _CHANGED_BYTES
     at = 0
-    for block in _row_blocks(tensors, info, rows, width):
+    for block in _row_blocks(tensors, info, rows, width, part_bytes):
         values = narrow(block)
-        if low_rank is not None:
-            numbers = as_float32(values, info.dtype)
-            numbers = numbers + low_rank.b[at : at + len(numbers)] @ low_rank.a
-            values = from_float32(numbers, dtype)
-        elif info.dtype != dtype:
-            values = from_float32(as_float32(values, info.dtype), dtype)
+        yield values if change is None else change(values, at)
         at += len(values)
-        yield values
 
 
-def _row_blocks(tensors: TensorFolder, info: TensorInfo, rows: NDArray[np.int64], width: int) -> Iterator[Array]:
+def _changer(found: str, wanted: str, width: int, added: LowRank | None) -> Callable[[Array, int], Array]:
+    """A function from rows [n, width] and the number of the first to the same with what is added, in another dtype.
+
+    All its memory is reused: the steps of one part stay in the processor's cache.
+    """
+    memory: dict[str, Array] = {}
+
+    def change(block: Array, first: int) -> Array:
+        count = len(block)
+        if not memory or len(memory["numbers"]) < count:
+            memory.update(numbers=np.empty((count, width), np.float32), words=np.empty((count, width), np.uint32))
+            memory.update(rounded=np.empty((count, width), NUMPY_OF[wanted]))
+            if added is not None:
+                memory.update(product=np.empty((count, width), np.float32))
+        numbers = as_float32(block, found, memory["numbers"][:count])
+        if added is not None:
+            product = np.matmul(added.b[first : first + count], added.a, out=memory["product"][:count])
+            numbers += product
+        return from_float32(numbers, wanted, memory["rounded"][:count], memory["words"][:count])
+
+    return change
+
+
+def _row_blocks(
+    tensors: TensorFolder, info: TensorInfo, rows: NDArray[np.int64], width: int, part_bytes: int = _PART_BYTES
+) -> Iterator[Array]:
     """The wanted rows [n, width] in order, some at a time; -1 gives zeros. A block is overwritten by the next."""
     file, kind = tensors.file(info), np.dtype(NUMPY_OF[info.dtype])
     row_bytes = max(width * kind.itemsize, 1)
-    at_once = max(_PART_BYTES // row_bytes, 1)
+    at_once = max(part_bytes // row_bytes, 1)
     read = np.empty((min(2 * at_once, info.shape[0] if info.shape else 1), width), kind)
     found = np.empty((min(at_once, len(rows)), width), kind)
     begin = 0

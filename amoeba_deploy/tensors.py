@@ -121,22 +121,42 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     return infos, metadata
 
 
-def as_float32(array: Array, dtype: str) -> NDArray[np.float32]:
-    """Numbers of any float dtype as float32; exact for bfloat16 and float16."""
-    if dtype == "BF16":
-        words = array.astype(np.uint32)
-        words <<= 16
-        return words.view(np.float32)
-    return np.asarray(array, dtype=np.float32)
-
-
-def from_float32(array: NDArray[np.float32], dtype: str) -> Array:
-    """float32 rounded once, to nearest even, into ``dtype`` (bfloat16 as raw 16-bit words)."""
+def as_float32(array: Array, dtype: str, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+    """Numbers of any float dtype as float32, in ``out`` if given; exact for bfloat16 and float16."""
     if dtype != "BF16":
-        return array.astype(NUMPY_OF[dtype])
+        if out is None:
+            return np.asarray(array, dtype=np.float32)
+        out[...] = array
+        return out
+    found = np.empty(array.shape, np.float32) if out is None else out
+    words = found.view(np.uint32)
+    words[...] = array
+    words <<= 16
+    return found
+
+
+def from_float32(
+    array: NDArray[np.float32], dtype: str, out: Array | None = None, scratch: NDArray[np.uint32] | None = None
+) -> Array:
+    """float32 rounded once, to nearest even, into ``dtype`` (bfloat16 as raw 16-bit words).
+
+    ``out`` takes the result and ``scratch`` what lies between, both contiguous and of the array's shape, if given.
+    """
+    found = np.empty(array.shape, NUMPY_OF[dtype]) if out is None else out
+    if dtype != "BF16":
+        found[...] = array
+        return found
     bits = np.ascontiguousarray(array, dtype=np.float32).view(np.uint32)
-    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-    return np.where(np.isnan(array), np.uint16(0x7FC0), rounded)
+    words = np.right_shift(bits, 16, out=scratch)
+    words &= 1
+    words += 0x7FFF
+    words += bits
+    words >>= 16
+    found[...] = words
+    wrong = np.isnan(array)
+    if wrong.any():
+        found[wrong] = 0x7FC0
+    return found
 
 
 class OpenFile:
@@ -359,7 +379,10 @@ def write_tensors(
             for place in places:
                 _write_source(descriptor, *place)
         else:
-            with ThreadPoolExecutor(threads) as pool:
+            from threadpoolctl import threadpool_limits
+
+            # Each thread multiplies for itself: those of a BLAS would only wait for each other.
+            with ThreadPoolExecutor(threads) as pool, threadpool_limits(1, "blas"):
                 try:
                     for done in [pool.submit(_write_source, descriptor, *place) for place in places]:
                         done.result()
