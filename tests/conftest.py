@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from numpy.typing import NDArray
 
+from amoeba_deploy.adapters import GATE, matrices, tensor_names, write_adapters
 from amoeba_deploy.checkpoint import Checkpoint, create_checkpoint, open_checkpoint
 from amoeba_deploy.cli import main
 from amoeba_deploy.model_folder import ModelFolder
@@ -126,6 +129,27 @@ def random_selection(model: ModelFolder, seed: int = 0) -> Selection:
     }
     facts = {"metric": "loss", "seconds": 0.0}
     return Selection(model.digest, depths, blocks, facts)
+
+
+def random_adapters(
+    model: ModelFolder, folder: Path, widths: Sequence[Fraction], *, experts: int = 5, gated: bool = True
+) -> dict[str, NDArray[np.float32]]:
+    """Write ``smol.safetensors`` with random experts of rank 4 and a random gate, two experts at a time."""
+    rng = np.random.default_rng(3)
+
+    def numbers(*shape: int) -> NDArray[np.float32]:
+        return rng.standard_normal(shape).astype(np.float32)
+
+    tensors = {}
+    for block in range(model.architecture.depth):
+        for matrix, (rows, columns) in matrices(model.architecture).items():
+            name_a, name_b = tensor_names(block, matrix)
+            tensors |= {name_a: 0.3 * numbers(experts, 4, columns), name_b: 0.05 * numbers(experts, rows, 4)}
+    if gated:
+        shapes = (16, model.architecture.depth + len(widths)), (16,), (experts, 16), (experts,)
+        tensors |= {name: numbers(*shape) for name, shape in zip(GATE, shapes, strict=True)}
+    write_adapters(folder, tensors, rank=4, alpha=16, top_k=min(2, experts), widths=widths)
+    return tensors
 
 
 @pytest.fixture(scope="session")
