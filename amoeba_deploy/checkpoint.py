@@ -78,13 +78,21 @@ class Checkpoint:
 
     def shapes(self) -> list[Shape]:
         """Every distinct subnet, by its shortest name: all depths and all legal widths."""
-        widths = subnet_widths(self.architecture, self.minimum_width, self.steps)
+        return self.shapes_in(self.steps)
+
+    def shapes_in(self, steps: Steps) -> list[Shape]:
+        """The same where only so many heads and neurons may be kept."""
+        widths = subnet_widths(self.architecture, self.minimum_width, steps)
         depths = range(self.architecture.depth, self.minimum_depth - 1, -1)
         return [Shape(depth, width, self.policy) for depth in depths for width in widths]
 
-    def sized(self, shape: Shape) -> Architecture:
-        """The sizes of a shape's subnet."""
-        return sized(self.architecture, shape, self.steps)
+    def sized(self, shape: Shape, steps: Steps | None = None) -> Architecture:
+        """The sizes of a shape's subnet, every block as wide as the widest, with its compensating biases."""
+        if shape.policy == "adaptive":
+            found = self.plan(shape, steps).subnet(self.architecture)
+        else:
+            found = sized(self.architecture, shape, steps or self.steps)
+        return families.compensated(found) if self.bias else found
 
     def require_whole_blocks(self) -> None:
         """Raise BadInput where depths remove attention and feed-forward apart: no latency is known of such blocks."""

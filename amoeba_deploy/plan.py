@@ -105,31 +105,50 @@ BlockRatios = tuple[Fraction, Fraction]
 """The shares of a block's key/value groups and of its neurons that are kept."""
 
 
-def adaptive_ratios(architecture: Architecture, width: Fraction, scores: Scores) -> list[BlockRatios]:
-    """What each block of the full model keeps under one threshold over all blocks' groups and neurons together.
+@dataclass(frozen=True)
+class Ranking:
+    """All blocks' groups and neurons in one order, best first: what the adaptive policy cuts by one threshold.
 
-    The best-scored units are kept until their matrix parameters reach ``width`` of all (FLAP's AL-AM, arXiv
-    2312.11983, section 3.3). Of equal scores the lower block is kept, in it groups before neurons, then the lower
-    index. The ranking is over the full model, whatever is kept of its depth, so plans are nested in depth and width.
+    ``blocks`` and ``groups`` say for each place whose unit stands there and whether it is a group; ``reached`` the
+    matrix parameters of all units up to it.
     """
-    sizes, d = architecture, architecture.hidden
-    per_block = sizes.kv_heads + sizes.neurons
-    group, neuron = 2 * (sizes.group + 1) * sizes.head_dim * d, 3 * d
-    ranked = np.concatenate([np.concatenate(scores(index)) for index in range(sizes.depth)]).astype(np.float64)
-    if sizes.head_rule == "all":  # no group is prunable: all come first and weigh nothing
-        group = 0
-        ranked.reshape(sizes.depth, per_block)[:, : sizes.kv_heads] = np.inf
-    weights = np.tile([group] * sizes.kv_heads + [neuron] * sizes.neurons, sizes.depth)
-    order = np.argsort(-ranked, kind="stable")
-    reached = np.cumsum(weights[order])
-    wanted = -(-width.numerator * int(reached[-1]) // width.denominator)
-    block, place = np.divmod(order[: int(np.searchsorted(reached, wanted)) + 1], per_block)
-    groups = np.bincount(block[place < sizes.kv_heads], minlength=sizes.depth)
-    neurons = np.bincount(block[place >= sizes.kv_heads], minlength=sizes.depth)
-    return [
-        (Fraction(int(g), sizes.kv_heads), Fraction(int(n), sizes.neurons))
-        for g, n in zip(groups, neurons, strict=True)
-    ]
+
+    architecture: Architecture
+    blocks: NDArray[np.int64]
+    groups: NDArray[np.bool_]
+    reached: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, architecture: Architecture, scores: Scores) -> Ranking:
+        """Rank the units of the full model, whatever is kept of its depth, so that plans are nested in both.
+
+        Of equal scores the lower block comes first, in it groups before neurons, then the lower index.
+        """
+        sizes, d = architecture, architecture.hidden
+        per_block = sizes.kv_heads + sizes.neurons
+        group, neuron = 2 * (sizes.group + 1) * sizes.head_dim * d, 3 * d
+        ranked = np.concatenate([np.concatenate(scores(index)) for index in range(sizes.depth)]).astype(np.float64)
+        if sizes.head_rule == "all":  # no group is prunable: all come first and weigh nothing
+            group = 0
+            ranked.reshape(sizes.depth, per_block)[:, : sizes.kv_heads] = np.inf
+        weights = np.tile([group] * sizes.kv_heads + [neuron] * sizes.neurons, sizes.depth)
+        order = np.argsort(-ranked, kind="stable")
+        blocks, places = np.divmod(order, per_block)
+        return cls(sizes, blocks, places < sizes.kv_heads, np.cumsum(weights[order]))
+
+    def ratios(self, width: Fraction) -> list[BlockRatios]:
+        """What each block of the full model keeps where the best units are kept until they reach ``width`` of all
+        matrix parameters (FLAP's AL-AM, arXiv 2312.11983, section 3.3)."""
+        sizes = self.architecture
+        wanted = -(-width.numerator * int(self.reached[-1]) // width.denominator)
+        kept = slice(int(np.searchsorted(self.reached, wanted)) + 1)
+        blocks, is_group = self.blocks[kept], self.groups[kept]
+        groups = np.bincount(blocks[is_group], minlength=sizes.depth)
+        neurons = np.bincount(blocks[~is_group], minlength=sizes.depth)
+        return [
+            (Fraction(int(g), sizes.kv_heads), Fraction(int(n), sizes.neurons))
+            for g, n in zip(groups, neurons, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
@@ -166,6 +185,7 @@ def make_plan(
     scores: Scores,
     steps: Steps | None = None,
     *,
+    ranking: Ranking | None = None,
     without_attention: Sequence[int] = (),
     without_feed_forward: Sequence[int] = (),
 ) -> Plan:
@@ -177,13 +197,14 @@ def make_plan(
         kept_blocks: ascending block indices, from the selection.
         scores: of every block; ``adaptive`` compares those of all blocks, removed ones too.
         steps: the numbers of units that a block may keep; any number of groups where left out.
+        ranking: that of ``scores``, where it is already known.
         without_attention: kept blocks of which no attention is kept.
         without_feed_forward: kept blocks of which no feed-forward is kept.
     """
     steps = steps or Steps.of(architecture)
     ratios: list[BlockRatios] = [(shape.width, shape.width)] * architecture.depth
     if shape.policy == "adaptive" and shape.width != 1:
-        ratios = adaptive_ratios(architecture, shape.width, scores)
+        ratios = (ranking or Ranking.of(architecture, scores)).ratios(shape.width)
     blocks = []
     for index in kept_blocks:
         head_scores, neuron_scores = scores(index)

@@ -6,10 +6,13 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from amoeba_deploy import families
 from amoeba_deploy.architecture import Architecture
+from amoeba_deploy.backends.takes import takes_of
 from amoeba_deploy.checkpoint import Checkpoint
 from amoeba_deploy.errors import BadInput, LatencyUnknown
 from amoeba_deploy.export import Export, Order, Phases, export
@@ -27,9 +30,9 @@ from amoeba_deploy.profiles.workload import Workload
 from amoeba_deploy.progress import Progress
 from amoeba_deploy.quality import Quality
 from amoeba_deploy.search import Budget, Candidate, SearchResult, prediction_to_json, quality_to_json
-from amoeba_deploy.shape import Shape, format_width
+from amoeba_deploy.shape import Policy, Shape, format_width
 from amoeba_deploy.stage1 import default_minimum_depth
-from amoeba_deploy.target import Target, resolve_target, search_target
+from amoeba_deploy.target import Choices, Target, resolve_target, search_target
 
 CONFIG_MINIMUM_WIDTH = Fraction(1, 2)
 
@@ -40,10 +43,27 @@ class Space:
 
     name: str
     architecture: Architecture
-    shapes: list[Shape]
+    minimum: tuple[int, Fraction]
+    """The smallest depth and width to consider."""
     quality: Quality | None
     multiple: int
     checkpoint: Checkpoint | None
+
+    def shapes(self, steps: Steps) -> list[Shape]:
+        """All distinct subnets that keep only so many heads and neurons, by their shortest names."""
+        policy: Policy = self.checkpoint.policy if self.checkpoint else "uniform"
+        depths = range(self.architecture.depth, self.minimum[0] - 1, -1)
+        widths = subnet_widths(self.architecture, self.minimum[1], steps)
+        return [Shape(depth, width, policy) for depth in depths for width in widths]
+
+    def sized(self, shape: Shape, steps: Steps) -> Architecture:
+        """The sizes of a shape's subnet."""
+        return self.checkpoint.sized(shape, steps) if self.checkpoint else sized(self.architecture, shape, steps)
+
+    def steps(self, flow: str, precision: str) -> Steps:
+        """The numbers of heads and neurons that an engine takes."""
+        compensated = self.checkpoint is not None and self.checkpoint.bias
+        return takes_of(flow).steps(self.architecture, self.multiple, precision, compensated)
 
     @classmethod
     def of_checkpoint(cls, checkpoint: Checkpoint) -> Space:
@@ -52,7 +72,7 @@ class Space:
         return cls(
             checkpoint.name,
             checkpoint.architecture,
-            checkpoint.shapes(),
+            (checkpoint.minimum_depth, checkpoint.minimum_width),
             checkpoint.quality,
             checkpoint.multiple,
             checkpoint,
@@ -62,9 +82,8 @@ class Space:
     def of_config(cls, path: Path) -> Space:
         """All distinct subnets of a config, from half its depth and half its width up; no weights are needed."""
         sizes = read_architecture(read_config(path))
-        widths = subnet_widths(sizes, CONFIG_MINIMUM_WIDTH)
-        shapes = [Shape(d, w) for d in range(sizes.depth, default_minimum_depth(sizes.depth) - 1, -1) for w in widths]
-        return cls(str(path), sizes, shapes, None, NEURON_MULTIPLE, None)
+        minimum = default_minimum_depth(sizes.depth), CONFIG_MINIMUM_WIDTH
+        return cls(str(path), sizes, minimum, None, NEURON_MULTIPLE, None)
 
 
 @dataclass(frozen=True)
@@ -123,27 +142,27 @@ class Request:
         digest = "sha256:" + sha256_of(file) if file is not None and file.is_file() else None
         return cls(space, target, budget, table, digest, bool(asked["measured_only"]), plan, progress, phases)
 
-    def _sizes_of(self, shape: Shape) -> Architecture:
-        full = self.space.architecture
-        if self.plan is not None and shape == self.plan.shape:
-            return self.plan.subnet(full)
-        return sized(full, shape, Steps.of(full, self.space.multiple))
+    def _choices(self, flow: str, precision: str) -> Choices:
+        """The shapes to consider in a flow and precision, with their sizes."""
+        space, plan = self.space, self.plan
+        steps = space.steps(flow, precision)
+
+        @cache
+        def sizes_of(shape: Shape) -> Architecture:
+            if plan is None or shape != plan.shape:
+                return space.sized(shape, steps)
+            bias = space.checkpoint is not None and space.checkpoint.bias
+            found = plan.subnet(space.architecture)
+            return families.compensated(found) if bias else found
+
+        return [plan.shape] if plan else space.shapes(steps), sizes_of
 
     def answer(self) -> Answer:
         """Search, or judge the shape that was asked for."""
         began = time.perf_counter()
-        shapes, budget, quality = self.space.shapes, self.budget, self.space.quality
-        if self.plan is not None:
-            shapes, quality = [self.plan.shape], _quality_of(self.plan, self.space)
+        quality = self.space.quality if self.plan is None else _quality_of(self.plan, self.space)
         result, remarks = search_target(
-            self.target,
-            self.space.architecture,
-            shapes,
-            quality,
-            budget,
-            self._sizes_of,
-            self.table,
-            self.measured_only,
+            self.target, self.space.architecture, self._choices, quality, self.budget, self.table, self.measured_only
         )
         answer = Answer(self, result, (*self.target.remarks, *remarks))
         self.phases.seconds["search"] = round(self.phases.seconds["search"] + time.perf_counter() - began, 3)
@@ -239,7 +258,7 @@ def export_answer(
     """Answer a request and build its bundle."""
     answer = request.answer()
     best, device = answer.best, request.target.device
-    plan = request.plan or checkpoint.plan(best.shape)
+    plan = request.plan or checkpoint.plan(best.shape, request.space.steps(best.flow, best.precision))
     target = output or Path(f"{device.name}-{best.flow}-{best.precision}-{_folder_name(best.shape)}")
     facts = {
         key: value for key, value in answer.facts().items() if key not in ("flow", "precision", "workload", "shape")

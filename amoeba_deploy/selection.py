@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from amoeba_deploy.architecture import Architecture
 from amoeba_deploy.errors import BadInput
 from amoeba_deploy.files import read_json, write_json
-from amoeba_deploy.plan import Plan, Steps, make_plan
+from amoeba_deploy.plan import Plan, Ranking, Steps, make_plan
 from amoeba_deploy.shape import Shape
 from amoeba_deploy.tensors import array_source, as_float32, read_header, write_tensors
 
@@ -91,6 +91,7 @@ class Selection:
     depths: dict[int, DepthChoice]
     blocks: tuple[BlockScores, ...]
     facts: dict[str, Any]
+    _rankings: dict[Architecture, Ranking] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def depth(self) -> int:
@@ -116,19 +117,26 @@ class Selection:
             )
         return self.depths[depth]
 
+    def scores(self, index: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Of a block the scores of its key/value groups [G] and neurons [F]."""
+        return self.blocks[index].heads, self.blocks[index].neurons
+
+    def ranking(self, architecture: Architecture) -> Ranking:
+        """All units of the model in one order; made once."""
+        if architecture not in self._rankings:
+            self._rankings[architecture] = Ranking.of(architecture, self.scores)
+        return self._rankings[architecture]
+
     def plan(self, architecture: Architecture, shape: Shape, steps: Steps | None = None) -> Plan:
         """The exact units that a shape keeps."""
-
-        def scores(index: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-            return self.blocks[index].heads, self.blocks[index].neurons
-
         choice = self.choice(shape.depth)
         return make_plan(
             architecture,
             shape,
             choice.kept,
-            scores,
+            self.scores,
             steps,
+            ranking=self.ranking(architecture) if shape.policy == "adaptive" else None,
             without_attention=choice.without_attention,
             without_feed_forward=choice.without_feed_forward,
         )

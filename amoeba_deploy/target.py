@@ -23,6 +23,9 @@ from amoeba_deploy.quality import Quality
 from amoeba_deploy.search import Budget, Candidate, SearchResult, candidates, search
 from amoeba_deploy.shape import Shape
 
+Choices = tuple[Sequence[Shape], Callable[[Shape], Architecture]]
+"""Shapes to choose from, and the function that gives a shape the sizes of its subnet."""
+
 
 @dataclass(frozen=True)
 class Target:
@@ -135,16 +138,15 @@ def predictor(
 def search_target(
     target: Target,
     architecture: Architecture,
-    shapes: Sequence[Shape],
+    choices: Callable[[str, str], Choices],
     quality: Quality | None,
     budget: Budget,
-    sizes_of: Callable[[Shape], Architecture],
     table: Table | None = None,
     measured_only: bool = False,
 ) -> tuple[SearchResult, list[str]]:
     """Search all shapes in all pairs of a target; returns the result and further remarks.
 
-    ``sizes_of`` gives a shape the sizes of its subnet.
+    ``choices`` gives for a flow and precision the shapes that its engine takes, with the sizes of their subnets.
 
     Raises:
         NoShapeFits: nothing fits the budget.
@@ -156,14 +158,15 @@ def search_target(
     refusals: list[str] = []
     for flow, precision in pairs:
         backend = load_backend(flow)
+        shapes, sizes_of = choices(flow, precision)
         predict = predictor(target, sizes_of, architecture.digest, flow, precision, table)
         if table is not None and (flow, precision) not in table.flows(target.workload):
             asked = f"batch {target.workload.batch}, prompt {target.workload.prompt}, tokens {target.workload.tokens}"
             remarks.append(f"the table has no row of {flow} {precision} for {asked}: its latencies are estimated")
         legal = []
         for shape in shapes:
-            sizes = sizes_of(shape)
-            refused = families.refusal(sizes) or backend.refusal(sizes, precision, target.context)
+            subnet = sizes_of(shape)
+            refused = families.refusal(subnet) or backend.refusal(subnet, precision, target.context)
             refusals += [f"{shape} cannot be lowered to {flow} {precision}: {refused}"] if refused else []
             legal += [] if refused else [shape]
         found += candidates(

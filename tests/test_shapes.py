@@ -26,9 +26,9 @@ from amoeba_deploy.extraction import extract
 from amoeba_deploy.model_folder import ModelFolder, load_torch_model
 from amoeba_deploy.plan import (
     Plan,
+    Ranking,
     Scores,
     Steps,
-    adaptive_ratios,
     best_units,
     make_plan,
     plan_from_json,
@@ -237,7 +237,7 @@ def test_adaptive_keeps_the_best_of_all_blocks_until_the_width_is_reached(
 ) -> None:
     scores = random_scores(sizes, seed, ties=ties)
     wanted = best_under_one_threshold(sizes, width, scores)
-    for block, (groups, neurons) in enumerate(adaptive_ratios(sizes, width, scores)):
+    for block, (groups, neurons) in enumerate(Ranking.of(sizes, scores).ratios(width)):
         assert groups == Fraction(wanted[block, "group"], sizes.kv_heads)
         assert neurons == Fraction(wanted[block, "neuron"], sizes.neurons)
 
@@ -254,9 +254,10 @@ def test_of_equal_scores_adaptive_keeps_the_lower_block_and_groups_first() -> No
     group = 2 * (2 + 1) * 16 * 96
     none, whole = (Fraction(0), Fraction(0)), (Fraction(1), Fraction(1))
     two_groups, one_group = (Fraction(2, 3), Fraction(0)), (Fraction(1, 3), Fraction(0))
-    assert adaptive_ratios(GROUPED, Fraction(2 * group, 4 * block), alike) == [two_groups, none, none, none]
-    assert adaptive_ratios(GROUPED, Fraction(1, 4), alike) == [whole, none, none, none]
-    assert adaptive_ratios(GROUPED, Fraction(block + 1, 4 * block), alike) == [whole, one_group, none, none]
+    ranked = Ranking.of(GROUPED, alike)
+    assert ranked.ratios(Fraction(2 * group, 4 * block)) == [two_groups, none, none, none]
+    assert ranked.ratios(Fraction(1, 4)) == [whole, none, none, none]
+    assert ranked.ratios(Fraction(block + 1, 4 * block)) == [whole, one_group, none, none]
 
 
 def test_adaptive_rounds_each_block_and_leaves_none_without_heads_or_neurons() -> None:

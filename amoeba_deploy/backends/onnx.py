@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from amoeba_deploy.architecture import Architecture
 from amoeba_deploy.backends.backend import EXACT_TOLERANCE, Ids, Toolchain, installed_versions
+from amoeba_deploy.backends.takes import takes_of
 from amoeba_deploy.block_quantisation import BLOCK, dequantise, quantise
 from amoeba_deploy.errors import BadInput, ToolchainMissing
 from amoeba_deploy.extraction import copy_model, copy_other_files
@@ -27,9 +28,6 @@ from amoeba_deploy.tensors import Array, TensorInfo, TensorSource, as_float32, m
 
 GRAPH = "model.onnx"
 _BITS: dict[str, int | None] = {"fp32": None, "int8": 8, "int4": 4}
-_ROPE_KINDS = ("default", "linear", "llama3")
-_TRAITS = ("scales",)
-"""What it computes beyond the common block."""
 _PACKAGES = ("onnx", "onnxruntime")
 _INSTALL = "pip install 'amoeba-deploy[onnx]'"
 
@@ -106,18 +104,7 @@ class OnnxBackend:
                 f"its sliding window of {subnet.sliding_window} positions is shorter than the context of {context}, "
                 f"which this graph would get wrong without a word; ask for --context {subnet.sliding_window} or less"
             )
-        unknown = [trait for trait in subnet.traits if trait not in _TRAITS]
-        if unknown:
-            return f"its {unknown[0]} is not something that this graph computes"
-        if subnet.rope.kind not in _ROPE_KINDS:
-            return f"its rotary scaling '{subnet.rope.kind}' is none of {', '.join(_ROPE_KINDS)}"
-        if subnet.head_dim % 2:
-            return f"its head size {subnet.head_dim} is odd, which rotary positions cannot pair"
-        if _BITS[precision] is not None and subnet.hidden % BLOCK:
-            return (
-                f"its hidden size {subnet.hidden} is not a multiple of {BLOCK}, which {precision} rows need; use fp32"
-            )
-        return None
+        return takes_of(self.flow).refusal(subnet, precision)
 
     def weight_dtype(self, precision: str) -> str | None:
         return "float32" if precision == "fp32" else None

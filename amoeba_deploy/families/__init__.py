@@ -45,6 +45,12 @@ def refusal(subnet: Architecture) -> str | None:
     return None
 
 
+def held_by(subnet: Architecture) -> str:
+    """The model type whose stock class holds a subnet of these sizes."""
+    rule = family_of({"model_type": subnet.family}).held_by
+    return subnet.family if rule is None else rule(subnet)
+
+
 def compensated(subnet: Architecture) -> Architecture:
     """The sizes of a subnet with biases on o_proj and down_proj, in the family whose stock class holds them.
 

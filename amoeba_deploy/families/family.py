@@ -80,6 +80,8 @@ class Family:
     """Names (after ``model.layers.{i}.``) and axes of all tensors of a block."""
     fused: dict[str, tuple[str, int]] = field(default_factory=dict)
     """For a matrix of the common block the tensor that holds it and its place there, where several are fused."""
+    held_by: Callable[[Architecture], str] | None = None
+    """The model type whose stock class holds a subnet of some sizes; None: always this family's own."""
     compensated: str | None = None
     """The family whose stock class holds a subnet of this one with biases on o_proj and down_proj; None: no class."""
     class_name: str = ""

@@ -18,12 +18,19 @@ def _flags(config: dict[str, Any]) -> dict[str, Any]:
     return {"qkv_bias": bias, "output_bias": bias, "mlp_bias": bool(config.get("mlp_bias", False))}
 
 
+def _held_by(subnet: Architecture) -> str:
+    if subnet.hidden % subnet.heads == 0:
+        return "llama"
+    return "granite" if subnet.mlp_bias or subnet.qkv_bias else "mistral"
+
+
 def _rewrite(config: dict[str, Any], subnet: Architecture) -> None:
     config |= {"attention_bias": subnet.qkv_bias, "mlp_bias": subnet.mlp_bias}
-    if subnet.hidden % subnet.heads == 0:
+    kind = _held_by(subnet)
+    if kind == "llama":
         return
     config.pop("pretraining_tp", None)
-    if subnet.mlp_bias or subnet.qkv_bias:
+    if kind == "granite":
         config |= {
             "architectures": ["GraniteForCausalLM"],
             "model_type": "granite",
@@ -38,4 +45,4 @@ def _rewrite(config: dict[str, Any], subnet: Architecture) -> None:
         del config[key]
 
 
-FAMILY = Family("llama", _flags, rewrite=_rewrite, compensated="llama", class_name="LlamaForCausalLM")
+FAMILY = Family("llama", _flags, rewrite=_rewrite, held_by=_held_by, compensated="llama", class_name="LlamaForCausalLM")
