@@ -17,7 +17,7 @@ from typing import Any
 from amoeba_deploy import __version__, families
 from amoeba_deploy.adapters import Adapters, read_adapters
 from amoeba_deploy.architecture import Architecture
-from amoeba_deploy.compensation import LowRanks, block_biases
+from amoeba_deploy.compensation import Biases, LowRanks, block_biases
 from amoeba_deploy.errors import BadInput, VerificationFailed
 from amoeba_deploy.extraction import Learnt
 from amoeba_deploy.files import read_json, sha256_of, write_json
@@ -48,6 +48,8 @@ class Checkpoint:
     bias: bool
     """Whether its subnets carry compensating biases, unless told otherwise."""
     adapters: Adapters | None
+    base_name: str | None = None
+    """The hub's name of the base model, where it came from there."""
 
     @property
     def architecture(self) -> Architecture:
@@ -76,13 +78,19 @@ class Checkpoint:
         """The smallest depth that the selection covers."""
         return self.selection.minimum_depth
 
+    @property
+    def full_shape(self) -> Shape:
+        """The whole model."""
+        return Shape(self.architecture.depth, Fraction(1), self.policy)
+
+    def owns(self, plan: Plan) -> bool:
+        """Whether a plan is what the checkpoint itself makes of its shape, so that its quality is that shape's."""
+        shape = plan.shape
+        return shape.policy == self.policy and shape.depth in self.selection.depths and self.plan(shape) == plan
+
     def shapes(self) -> list[Shape]:
         """Every distinct subnet, by its shortest name: all depths and all legal widths."""
-        return self.shapes_in(self.steps)
-
-    def shapes_in(self, steps: Steps) -> list[Shape]:
-        """The same where only so many heads and neurons may be kept."""
-        widths = subnet_widths(self.architecture, self.minimum_width, steps)
+        widths = subnet_widths(self.architecture, self.minimum_width, self.steps)
         depths = range(self.architecture.depth, self.minimum_depth - 1, -1)
         return [Shape(depth, width, self.policy) for depth in depths for width in widths]
 
@@ -120,17 +128,44 @@ class Checkpoint:
 
         ``bias`` asks for compensating biases or forbids them; left out, the checkpoint's own choice is followed.
         """
-        low_rank: LowRanks = lambda _block, _matrix: None  # noqa: E731
-        if self.adapters is not None:
-            mixture = self.adapters.mixture(plan.kept_blocks, plan.shape.width)
-            low_rank = partial(self.adapters.low_rank, mixture)
-        if not (self.bias if bias is None else bias):
-            return Learnt(low_rank)
-        return Learnt(low_rank, cache(lambda block: block_biases(self.model, self.selection, block, low_rank)))
+        wanted = self.bias if bias is None else bias
+        return Learnt(self._low_rank(plan), self.biases(plan) if wanted else None)
+
+    def _low_rank(self, plan: Plan) -> LowRanks:
+        if self.adapters is None:
+            return lambda _block, _matrix: None
+        return partial(self.adapters.low_rank, self.adapters.mixture(plan.kept_blocks, plan.shape.width))
+
+    def biases(self, plan: Plan) -> Biases:
+        """What compensates for the units that a plan removes from its blocks, of the tuned weights where tuned."""
+        return cache(partial(block_biases, self.model, self.selection, low_rank=self._low_rank(plan)))
+
+    def extract(self, shape: str, output: Path | str | None = None, **wishes: Any) -> Any:
+        """Derive a subnet: ``open("checkpoint").extract("24x0.75")``.
+
+        Args:
+            shape: a shape such as 24x0.75, or the path of a plan file.
+            output: the folder to write; left out, the subnet is not kept on disk.
+            wishes: as ``subnet.Wishes`` names them: policy, layout, flow, precision, bias, dtype, multiple, force.
+
+        Returns:
+            The folder's path, or the subnet as a stock transformers model in memory.
+        """
+        from amoeba_deploy.subnet import derive_folder, derive_model
+
+        if output is None:
+            return derive_model(self, shape, **wishes)
+        return derive_folder(self, shape, Path(output), **wishes).path
 
     def origin(self) -> dict[str, Any]:
         """What derived models say about where they come from."""
-        return {"checkpoint": self.name, "checkpoint_digest": self.digest, "base_digest": self.selection.base_digest}
+        known = {"base_model": self.base_name} if self.base_name else {}
+        return {
+            "checkpoint": self.name,
+            "checkpoint_digest": self.digest,
+            **known,
+            "base_digest": self.selection.base_digest,
+        }
 
 
 def open_checkpoint(path: Path | None = None) -> Checkpoint:
@@ -149,12 +184,12 @@ def open_checkpoint(path: Path | None = None) -> Checkpoint:
         )
     head = read_json(folder / "amoeba.json", CHECKPOINT_FORMAT)
     try:
-        base, digest = str(head["base"]["path"]), str(head["base"]["digest"])
+        base, digest, base_name = str(head["base"]["path"]), str(head["base"]["digest"]), head["base"].get("name")
         multiple, widths = int(head["multiple"]), tuple(parse_width(str(w)) for w in head["widths"])
         name = str(head["name"])
-        if multiple < 1 or not widths:
+        if multiple < 1 or not widths or not isinstance(base_name, str | None):
             raise ValueError
-    except (KeyError, TypeError, ValueError, BadInput):
+    except (KeyError, TypeError, AttributeError, ValueError, BadInput):
         raise BadInput(
             f"{folder / 'amoeba.json'}: base, multiple, widths or name is missing or wrong; create it again"
         ) from None
@@ -182,7 +217,9 @@ def open_checkpoint(path: Path | None = None) -> Checkpoint:
         raise BadInput(f"{folder}: its selection was made for another base model; create the checkpoint again")
     quality = read_quality(folder, model.architecture, multiple, policy, bias == "on")
     adapters = None if kind is None else read_adapters(folder, model.architecture)
-    return Checkpoint(folder, name, model, selection, quality, multiple, widths, policy, bias == "on", adapters)
+    return Checkpoint(
+        folder, name, model, selection, quality, multiple, widths, policy, bias == "on", adapters, base_name
+    )
 
 
 def create_checkpoint(
@@ -229,7 +266,7 @@ def create_checkpoint(
         "format": CHECKPOINT_FORMAT,
         "tool": f"amoeba-deploy {__version__}",
         "name": name or Path(model_name).name,
-        "base": {"path": base, "digest": model.digest},
+        "base": {"path": base, "digest": model.digest} | ({} if Path(model_name).is_dir() else {"name": model_name}),
         "policy": policy,
         "bias": "on" if bias else "off",
         "multiple": NEURON_MULTIPLE,

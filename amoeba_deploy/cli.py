@@ -242,6 +242,20 @@ def checkpoint() -> None:
 @click.option("--quality-tasks", type=click.Path(path_type=Path), help="Questions to measure accuracy on.")
 @click.option("--name", help="What derived models call it.  [default: the model's name]")
 @click.option("--include-base", is_flag=True, help="Copy the base model into the checkpoint.")
+@click.option(
+    "--policy",
+    type=click.Choice(["uniform", "adaptive"]),
+    default="uniform",
+    show_default=True,
+    help="How widths are spread over blocks: alike, or by one threshold over all.",
+)
+@click.option(
+    "--bias",
+    type=click.Choice(["on", "off"]),
+    default="off",
+    show_default=True,
+    help="Whether subnets carry biases that compensate for what is removed.",
+)
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @output_options
 def checkpoint_create(
@@ -252,6 +266,8 @@ def checkpoint_create(
     quality_tasks: Path | None,
     name: str | None,
     include_base: bool,
+    policy: Policy,
+    bias: str,
     force: bool,
     as_json: bool,
     quiet: bool,
@@ -270,7 +286,9 @@ def checkpoint_create(
     if quality_tasks and not quality_text:
         raise BadInput("--quality-tasks needs --quality-text too: shapes are ranked by their loss on a text")
     with whole_folder(output, force, (Path(model), selection, *filter(None, (quality_text, quality_tasks)))) as folder:
-        made = create_checkpoint(model, selection, folder, name=name, include_base=include_base)
+        made = create_checkpoint(
+            model, selection, folder, name=name, include_base=include_base, policy=policy, bias=bias == "on"
+        )
         if quality_text:
             write_quality(folder, measure_quality(made, quality_text, quality_tasks, progress=Progress(quiet)))
     made = open_checkpoint(output)
@@ -318,12 +336,26 @@ def checkpoint_verify(checkpoint: Path | None, as_json: bool, quiet: bool) -> No
     type=click.Choice(["uniform", "adaptive"]),
     help="Every block alike, or by one threshold over all blocks.  [default: the checkpoint's]",
 )
+@click.option("--for", "flow", help="Keep only numbers of heads and neurons that this engine takes, such as gguf.")
+@click.option("--precision", help="Of that engine.  [default: its strictest rules]")
+@click.option(
+    "--bias",
+    type=click.Choice(["on", "off"]),
+    help="Biases that compensate for what is removed.  [default: the checkpoint's]",
+)
 @click.option(
     "--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), help="Of the weights.  [default: the base model's]"
 )
 @click.option(
-    "--multiple", type=click.IntRange(1), help="Keep neurons in multiples of this.  [default: the checkpoint's]"
+    "--multiple",
+    type=click.IntRange(1),
+    help="Keep neurons in multiples of this.  [default: the engine's, else the checkpoint's]",
 )
+@click.option("--shard-size", type=Memory(), default="5GB", show_default=True, help="Most data in one file of weights.")
+@click.option(
+    "--quality-text", type=click.Path(path_type=Path), help="Text to measure the loss on before and after, in fp32."
+)
+@click.option("--push-to-hub", metavar="REPO", help="Upload the folder to this Hugging Face repository, org/name.")
 @click.option("--plan-only", is_flag=True, help="Print the plan as JSON and write nothing.")
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @output_options
@@ -331,43 +363,42 @@ def extract(
     checkpoint: Path | None,
     shape: str,
     output: Path | None,
-    policy: Policy | None,
-    dtype: str | None,
-    multiple: int | None,
     plan_only: bool,
+    bias: str | None,
+    shard_size: float,
+    quality_text: Path | None,
+    push_to_hub: str | None,
     force: bool,
     as_json: bool,
     quiet: bool,
+    **wishes: Any,
 ) -> None:
     """Write the dense subnet of a shape as a folder that stock transformers loads.
 
     \b
     amoeba extract --shape 8x0.75 -o subnet
+    amoeba extract --shape 8x0.75 --for gguf -o subnet
     """
-    from amoeba_deploy.extraction import DTYPES
-    from amoeba_deploy.extraction import extract as run_extraction
-    from amoeba_deploy.files import json_text, whole_folder
-    from amoeba_deploy.plan import Steps
+    from amoeba_deploy.files import json_text
+    from amoeba_deploy.hub import upload
+    from amoeba_deploy.subnet import Subnet, Wishes, derive_folder
 
-    opened = open_named(checkpoint)
-    steps = Steps.of(opened.architecture, multiple) if multiple else None
-    plan = opened.plan_of(shape, steps, policy)
+    opened, progress = open_named(checkpoint), Progress(quiet)
+    asked = {"bias": None if bias is None else bias == "on", "shard_bytes": int(shard_size), **wishes}
     if plan_only:
-        click.echo(json_text(plan.to_json()), nl=False)
+        subnet = Subnet(opened, Wishes(shape, **asked))
+        for note in subnet.notes:
+            progress.say(f"note: {note}")
+        click.echo(json_text(subnet.plan.to_json()), nl=False)
         return
     if output is None:
         raise BadInput("extract needs -o DIR to write to, or --plan-only")
-    with whole_folder(output, force, (opened.path, opened.model.path)) as folder:
-        done = run_extraction(
-            opened.model,
-            plan,
-            folder,
-            dtype=DTYPES[dtype] if dtype else None,
-            learnt=opened.learnt(plan),
-            facts=opened.origin(),
-        )
-    value = {"path": str(output), "plan": plan.to_json(), "seconds": round(done.seconds, 4), "bytes": done.bytes}
-    said = f"{output}: {plan.shape}, {done.bytes / 1e6:.1f} MB of weights in {done.seconds:.2f} s"
+    done = derive_folder(opened, shape, output, force=force, quality_text=quality_text, progress=progress, **asked)
+    value = {"path": str(output), "plan": done.plan.to_json(), "seconds": round(done.seconds, 4), "bytes": done.bytes}
+    said = f"{output}: {done.plan.shape}, {done.bytes / 1e6:.1f} MB of weights in {done.seconds:.2f} s"
+    if push_to_hub:
+        value["url"] = upload(output, push_to_hub)
+        said += f"; pushed to {value['url']}"
     emit(value, as_json, lambda: click.echo(said))
 
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 Bias = NDArray[np.float32]
 LowRanks = Callable[[int, str], LowRank | None]
 """For a block of the full model and a matrix of it what tuning added."""
+Biases = Callable[[BlockPlan], tuple[Bias, Bias]]
+"""For a block of a plan the compensating biases [hidden] of o_proj and down_proj."""
 
 
 def removed_mean(mean: NDArray[np.float32], kept: tuple[int, ...], size: int) -> NDArray[np.float32]:
@@ -55,18 +57,16 @@ def block_biases(
     return attention, feed_forward
 
 
-def compensate(subnet: PreTrainedModel, model: ModelFolder, selection: Selection, plan: Plan) -> None:
+def compensate(subnet: PreTrainedModel, plan: Plan, biases: Biases, factor: float = 1.0) -> None:
     """Add a plan's compensating biases to its dense subnet as transformers loaded it, in place.
 
-    ``model`` is the full model that the subnet was cut from, ``selection`` its selection.
+    ``factor`` is 1 to add them and -1 to take them away again.
     """
     import torch
 
     layers: Any = subnet.model.layers
     for layer, block in zip(layers, plan.blocks, strict=True):
-        for linear, bias in zip(
-            (layer.self_attn.o_proj, layer.mlp.down_proj), block_biases(model, selection, block), strict=True
-        ):
-            values = torch.from_numpy(bias).to(linear.weight.dtype)
+        for linear, bias in zip((layer.self_attn.o_proj, layer.mlp.down_proj), biases(block), strict=True):
+            values = torch.from_numpy(factor * bias).to(linear.weight.dtype)
             own = 0 if linear.bias is None else linear.bias.detach()
             linear.bias = torch.nn.Parameter(values + own, requires_grad=False)

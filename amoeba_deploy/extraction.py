@@ -28,7 +28,7 @@ from amoeba_deploy.errors import BadInput
 from amoeba_deploy.files import write_json
 from amoeba_deploy.model_card import model_card
 from amoeba_deploy.model_folder import ModelFolder
-from amoeba_deploy.plan import BlockPlan, Plan
+from amoeba_deploy.plan import SUBNET_FORMAT, BlockPlan, Plan
 from amoeba_deploy.tensors import (
     CONFIG_DTYPES,
     Array,
@@ -42,7 +42,6 @@ from amoeba_deploy.tensors import (
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 """Precisions of dense weights, and how a config spells them."""
-SUBNET_FORMAT = "amoeba.subnet/1"
 SHARD_BYTES = 5 * 10**9
 """The most data in one file of weights, unless told otherwise; transformers' own limit until its version 5."""
 Layout = Literal["uniform", "ragged"]
@@ -185,6 +184,7 @@ def extract(
     learnt: Learnt = NOTHING,
     facts: dict[str, Any] | None = None,
     shard_bytes: int = SHARD_BYTES,
+    quality: Callable[[Path], dict[str, Any] | None] = lambda _: None,
 ) -> Extraction:
     """Write the dense subnet of a plan into an existing, empty folder.
 
@@ -197,6 +197,7 @@ def extract(
         learnt: what the checkpoint adds to the model's own weights.
         facts: about the checkpoint for subnet.json (digest, name, ...).
         shard_bytes: the most data in one file of weights.
+        quality: gives what is known of the subnet's quality, once its weights are written.
 
     Raises:
         BadInput: the model lacks a tensor, or no stock class can hold the subnet.
@@ -215,6 +216,7 @@ def extract(
         (output / file.name).write_bytes(file.read_bytes())
     threads = min(len(os.sched_getaffinity(0)), 4)
     size = write_model_tensors(output, sources, shard_bytes, {"format": "pt"}, threads)
+    seconds = time.perf_counter() - began
     said = {
         "format": SUBNET_FORMAT,
         "tool": f"amoeba-deploy {__version__}",
@@ -224,10 +226,11 @@ def extract(
         "bias": "off" if learnt.biases is None else "on",
         "parameters": sum(int(np.prod(source.shape)) for source in sources.values()),
         "width_reached": round(plan.width_reached(model.architecture), 6),
+        "quality": quality(output),
     }
     write_json(output / "subnet.json", said | {k: v for k, v in plan.to_json().items() if k != "format"})
     (output / "README.md").write_text(model_card(model, plan, said), encoding="utf-8")
-    return Extraction(output, plan, subnet, time.perf_counter() - began, size)
+    return Extraction(output, plan, subnet, seconds, size)
 
 
 def copy_other_files(model: ModelFolder, output: Path) -> None:

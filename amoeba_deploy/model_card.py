@@ -1,11 +1,42 @@
-"""The README.md of a derived model: what it was cut from, how, and how to load it."""
+"""The README.md of a derived model: what it was cut from, how, how good it is, how to load it and make it again."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from amoeba_deploy.model_folder import ModelFolder
 from amoeba_deploy.plan import Plan
+
+
+def base_license(folder: Path) -> str | None:
+    """The licence that the model card of a folder names; None where there is none or it cannot be read."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return None
+    import yaml
+    from huggingface_hub import ModelCard
+
+    try:
+        found = ModelCard.load(card, ignore_metadata_errors=True).data.license
+    except (ValueError, OSError, TypeError, yaml.YAMLError):
+        return None
+    return found if isinstance(found, str) else None
+
+
+def hub_metadata(model: ModelFolder, facts: dict[str, Any]) -> str:
+    """The hub's metadata of a subnet as YAML: what it is, and the model that it was cut from where the hub has it."""
+    from huggingface_hub import ModelCardData
+
+    data = ModelCardData(
+        base_model=facts.get("base_model"),
+        library_name="transformers",
+        license=base_license(model.path),
+        pipeline_tag="text-generation",
+        tags=["amoeba", "pruned", "depth-pruning", "width-pruning"],
+    )
+    text: str = data.to_yaml()
+    return text
 
 
 def model_card(model: ModelFolder, plan: Plan, facts: dict[str, Any]) -> str:
@@ -13,32 +44,57 @@ def model_card(model: ModelFolder, plan: Plan, facts: dict[str, Any]) -> str:
     full = model.architecture
     subnet = plan.subnet(full)
     removed = sorted(set(range(full.depth)) - set(plan.kept_blocks))
-    base = str(facts.get("checkpoint", "a local checkpoint"))
+    name = str(facts.get("checkpoint", "a local checkpoint"))
+    widest = " (the widest)" if plan.is_ragged else ""
+    adapted = " Tuned adapters are merged into the weights." if facts.get("adapters") else ""
     return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [pruned, amoeba]
+{hub_metadata(model, facts)}
 ---
-# {base}, shape {plan.shape}
+# {name}, shape {plan.shape}
 
-A dense subnet, cut from the one-for-all checkpoint `{base}`
+A dense subnet, cut from the one-for-all checkpoint `{name}`
 (digest `{facts.get("checkpoint_digest", "unknown")}`) without further training.
 
 | | full model | this subnet |
 |---|---|---|
 | blocks | {full.depth} | {subnet.depth} |
-| query heads a block | {full.heads} | {subnet.heads} |
-| key/value heads a block | {full.kv_heads} | {subnet.kv_heads} |
-| neurons a block | {full.neurons} | {subnet.neurons} |
+| query heads a block | {full.heads} | {subnet.heads}{widest} |
+| key/value heads a block | {full.kv_heads} | {subnet.kv_heads}{widest} |
+| neurons a block | {full.neurons} | {subnet.neurons}{widest} |
 | parameters | {full.parameters:,} | {facts["parameters"]:,} |
 
 Removed blocks (counted from 0): {", ".join(map(str, removed)) or "none"}. The exact units kept are in `subnet.json`.
-Policy `{plan.shape.policy}`, layout `{facts["layout"]}`, weights in {facts["dtype"]}.
+Policy `{plan.shape.policy}`, layout `{facts["layout"]}`, bias compensation {facts["bias"]}, weights in \
+{facts["dtype"]}.{adapted}
+
+## Quality
+
+{_quality(facts.get("quality"))}
+
+## Use
 
 ```python
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("PATH OF THIS FOLDER")
 ```
 
-Made again by `amoeba extract CHECKPOINT --shape {plan.shape} -o DIR` with {facts["tool"]}.
+Made again by `{facts.get("command", f"amoeba extract CHECKPOINT --shape {plan.shape} -o DIR")}` with {facts["tool"]}.
 """
+
+
+def _quality(quality: dict[str, Any] | None) -> str:
+    if quality is None:
+        return "Not measured. `amoeba evaluate` measures it on a text or on questions of yours."
+    lines = [
+        f"Loss on a held-out text (mean nats a token, digest `{quality['text']}`), {quality['source']}:",
+        "",
+        "| | loss |",
+        "|---|---|",
+        f"| full model | {quality['before']:.4f} |",
+        f"| this subnet | {quality['after']:.4f} |",
+    ]
+    for setting in ("on", "off"):
+        other = quality.get(f"after_with_bias_{setting}")
+        if other is not None:
+            lines.append(f"| this subnet with bias compensation {setting} | {other:.4f} |")
+    return "\n".join(lines)

@@ -23,6 +23,8 @@ from amoeba_deploy.errors import BadInput
 from amoeba_deploy.shape import Shape, distinct_widths, kept_units, nearest_count, parse_width
 
 PLAN_FORMAT = "amoeba.plan/1"
+SUBNET_FORMAT = "amoeba.subnet/1"
+"""subnet.json of a dense subnet: its plan, and more."""
 NEURON_MULTIPLE = 32
 """Neurons are kept in multiples of this unless an engine asks for another."""
 
@@ -242,8 +244,8 @@ def plan_from_json(value: Any, architecture: Architecture, where: str) -> Plan:
     Raises:
         BadInput: it is not a plan, or keeps what the model does not have, or query heads without their group.
     """
-    if not isinstance(value, dict) or value.get("format") != PLAN_FORMAT:
-        raise BadInput(f"{where}: is not a plan of format {PLAN_FORMAT}")
+    if not isinstance(value, dict) or value.get("format") not in (PLAN_FORMAT, SUBNET_FORMAT):
+        raise BadInput(f"{where}: is neither a plan of format {PLAN_FORMAT} nor the {SUBNET_FORMAT} of a subnet")
     entries, head = value.get("blocks"), value.get("shape")
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise BadInput(f"{where}: 'blocks' must be a list of at least one block")

@@ -173,8 +173,7 @@ def _quality_of(plan: Plan, space: Space) -> Quality | None:
     """The checkpoint's quality where a plan is one of its own shapes; a plan by hand has none."""
     if space.checkpoint is None or space.quality is None:
         return None
-    own = plan.shape.depth in space.checkpoint.selection.depths and space.checkpoint.plan(plan.shape) == plan
-    return space.quality if own else None
+    return space.quality if space.checkpoint.owns(plan) else None
 
 
 def _local_table(space: Space, target: Target, progress: Progress) -> Table:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from test_families import IDS, mask, relative_error
 
 from amoeba_deploy.blocks import ResidentBlocks
 from amoeba_deploy.calibration import running_batch
-from amoeba_deploy.compensation import compensate, removed_mean
+from amoeba_deploy.compensation import block_biases, compensate, removed_mean
 from amoeba_deploy.extraction import extract
 from amoeba_deploy.importance import activation_moments, block_scores, merge_batches
 from amoeba_deploy.model_folder import ModelFolder, load_torch_model
@@ -60,7 +61,7 @@ def logits_at_means(model: ModelFolder, selection: Selection, plan: Plan) -> tor
 def compensated(model: ModelFolder, selection: Selection, plan: Plan, folder: Path) -> Any:
     extract(model, plan, folder)
     subnet = load_torch_model(folder)
-    compensate(subnet, model, selection, plan)
+    compensate(subnet, plan, partial(block_biases, model, selection))
     return subnet
 
 

@@ -168,7 +168,7 @@ DAMAGE: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
     "an unknown entry in the head": ("checkpoint", lambda d: d.update(pickle="base.bin")),
     "no row in fp32": ("quality", lambda d: [row.update(precision="int4") for row in d["rows"]]),
     "an accuracy in percent": ("quality", with_row("accuracy", 61.0)),
-    "bias compensation": ("quality", with_row("bias", "on")),
+    "bias neither on nor off": ("quality", with_row("bias", "some")),
     "a width as a word": ("plan", lambda d: d["shape"].update(width="half")),
     "a block that keeps nothing": ("plan", lambda d: d["blocks"][0].update(kv_heads=[], heads=[], neurons=[])),
     "heads without their key/value heads": ("plan", lambda d: d["blocks"][0].update(kv_heads=[])),

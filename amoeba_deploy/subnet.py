@@ -1,0 +1,272 @@
+"""A subnet as it is asked for: which plan, for which engine, with or without compensation, and what is said of it.
+
+Everything that can be refused is refused before a tensor is read.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from amoeba_deploy import families
+from amoeba_deploy.backends.takes import Takes, takes_of
+from amoeba_deploy.checkpoint import Checkpoint
+from amoeba_deploy.compensation import compensate
+from amoeba_deploy.errors import BadInput
+from amoeba_deploy.evaluation import SEQUENCE, file_digest, text_loss, text_rows, torch_logits
+from amoeba_deploy.extraction import (
+    DTYPES,
+    SHARD_BYTES,
+    Extraction,
+    Layout,
+    check_plan,
+    extract,
+    model_dtype,
+    written_sizes,
+)
+from amoeba_deploy.files import whole_folder
+from amoeba_deploy.model_folder import load_torch_model
+from amoeba_deploy.plan import Plan, Steps
+from amoeba_deploy.progress import Progress
+from amoeba_deploy.shape import Policy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_ROUNDED = 4
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """How a subnet is wanted; what is left out follows the checkpoint, or any engine."""
+
+    shape: str
+    policy: Policy | None = None
+    layout: Layout = "uniform"
+    flow: str | None = None
+    precision: str | None = None
+    bias: bool | None = None
+    dtype: str | None = None
+    """fp32, fp16 or bf16."""
+    multiple: int | None = None
+    shard_bytes: int = SHARD_BYTES
+
+
+class Subnet:
+    """One subnet of a checkpoint, decided and checked, and not yet extracted."""
+
+    def __init__(self, checkpoint: Checkpoint, wishes: Wishes) -> None:
+        """Decide on the plan and check it against the engine that it is for.
+
+        Raises:
+            BadInput: the shape is not one of the checkpoint, no stock class holds it, or the engine refuses it.
+        """
+        self.checkpoint, self.wishes = checkpoint, wishes
+        if wishes.dtype is not None and wishes.dtype not in DTYPES:
+            raise BadInput(f"the dtype '{wishes.dtype}' is none of {', '.join(DTYPES)}")
+        self.bias = checkpoint.bias if wishes.bias is None else wishes.bias
+        if self.bias:
+            families.compensated(checkpoint.architecture)
+        self.plan: Plan = checkpoint.plan_of(wishes.shape, self._steps(), wishes.policy)
+        check_plan(checkpoint.model, self.plan)
+        self.sizes = written_sizes(self.plan, checkpoint.architecture, compensated=self.bias)
+        if self.takes is not None:
+            self._check_engine(self.takes)
+
+    @property
+    def takes(self) -> Takes | None:
+        """The rules of the engine that it is for, if any."""
+        return takes_of(self.wishes.flow) if self.wishes.flow else None
+
+    @property
+    def precision(self) -> str:
+        """The engine's precision; empty where none was named, which stands for the strictest rules."""
+        return self.wishes.precision or ""
+
+    def _steps(self) -> Steps:
+        multiple = self.wishes.multiple or self.checkpoint.multiple
+        sizes = self.checkpoint.architecture
+        if self.takes is None:
+            return Steps.of(sizes, multiple)
+        found = self.takes.steps(sizes, multiple, self.precision, self.bias)
+        return Steps(found.groups, self.wishes.multiple) if self.wishes.multiple else found
+
+    def _check_engine(self, takes: Takes) -> None:
+        refused = takes.refusal(self.sizes, self.precision, self.bias and not self.checkpoint.architecture.output_bias)
+        if refused:
+            raise BadInput(f"{self.plan.shape} cannot be extracted for '{takes.flow}': {refused}")
+        if self.wishes.layout == "ragged" and self.plan.is_ragged and not takes.varying:
+            raise BadInput(
+                f"'{takes.flow}' takes blocks of one width only; leave --layout uniform, which pads them exactly"
+            )
+
+    @cached_property
+    def notes(self) -> list[str]:
+        """What the user should know before or after: choices that were not the checkpoint's, and fewer engines."""
+        checkpoint, found = self.checkpoint, []
+        if self.bias != checkpoint.bias:
+            own, asked = ("on" if value else "off" for value in (checkpoint.bias, self.bias))
+            found.append(f"the checkpoint was made with bias {own}; this subnet has bias {asked}, as asked for")
+        policy = self.plan.shape.policy
+        if policy != checkpoint.policy:
+            found.append(f"the checkpoint was made for the policy {checkpoint.policy}; this subnet is {policy}")
+        found += self._rounding()
+        held_by = families.held_by(self.sizes)
+        if held_by == "granite" and checkpoint.architecture.family != "granite":
+            found.append(
+                f"{self.sizes.heads} heads do not divide the hidden size {self.sizes.hidden} and there are biases, so "
+                f"it is written as a Granite, which fewer engines run; a width whose heads divide it, or --bias off, "
+                f"gives a Llama or a Mistral"
+            )
+        return found
+
+    def _rounding(self) -> list[str]:
+        """A note where the engine's rules changed what the shape keeps."""
+        checkpoint, takes, asked = self.checkpoint, self.takes, self.wishes.shape
+        if takes is None or asked.endswith(".json"):
+            return []
+        free = checkpoint.plan_of(asked, None, self.wishes.policy)
+        if free == self.plan:
+            return []
+        (groups, neurons), (any_groups, any_neurons) = self.plan.widest, free.widest
+        finer = "" if self.wishes.precision else "; --precision names an engine's precision, whose rules may be finer"
+        return [
+            f"for {takes.flow} blocks keep up to {groups} key/value heads and {neurons} neurons, the nearest that it "
+            f"takes to the {any_groups} and {any_neurons} of {asked} without an engine{finer}"
+        ]
+
+    def quality(self, text: Path | None, subnet: Path, progress: Progress) -> dict[str, Any] | None:
+        """What is known of its quality: measured on a text if one is given, else from the checkpoint, else None.
+
+        On a text the loss of the full model, of the subnet, and of the subnet with the other choice of compensating
+        biases are measured, in float32.
+        """
+        if text is not None:
+            return self._measured_quality(text, subnet, progress)
+        known, plan = self.checkpoint.quality, self.plan
+        if known is None or self.bias != self.checkpoint.bias or not self.checkpoint.owns(plan):
+            return None
+        full = self.checkpoint.full_shape
+        before, after = known.loss(full, "fp32"), known.loss(plan.shape, "fp32")
+        return {
+            "metric": "loss",
+            "before": round(before.value, _ROUNDED),
+            "after": round(after.value, _ROUNDED),
+            "source": after.source,
+            "text": known.text["digest"],
+        }
+
+    def _measured_quality(self, text: Path, subnet: Path, progress: Progress) -> dict[str, Any]:
+        checkpoint = self.checkpoint
+        rows = text_rows(text, checkpoint.model.tokenizer(), min(SEQUENCE, checkpoint.architecture.context))
+
+        def loss_of(model: PreTrainedModel) -> float:
+            with progress.bar(text.name, -(-len(rows) // 8)) as step:
+                return round(text_loss(torch_logits(model), rows, step).loss, _ROUNDED)
+
+        full = checkpoint.plan(checkpoint.full_shape)
+        with tempfile.TemporaryDirectory(prefix="amoeba-full-") as work:
+            extract(checkpoint.model, full, Path(work), learnt=checkpoint.learnt(full))
+            before = loss_of(load_torch_model(Path(work)))
+        loaded = load_torch_model(subnet)
+        after = loss_of(loaded)
+        compensate(loaded, self.plan, checkpoint.biases(self.plan), -1.0 if self.bias else 1.0)
+        return {
+            "metric": "loss",
+            "before": before,
+            "after": after,
+            "after_with_bias_" + ("off" if self.bias else "on"): loss_of(loaded),
+            "source": "measured",
+            "text": file_digest(text),
+        }
+
+    def _facts(self) -> dict[str, Any]:
+        wishes = self.wishes
+        made_for = {"flow": wishes.flow} if wishes.flow else {}
+        tuned = {"adapters": True} if self.checkpoint.adapters else {}
+        return self.checkpoint.origin() | made_for | tuned | {"command": self._command()}
+
+    def _command(self) -> str:
+        """The command that makes this subnet again; a plan file is the subnet's own subnet.json."""
+        wishes, owned = self.wishes, not self.wishes.shape.endswith(".json")
+        options = {
+            "shape": str(self.plan.shape) if owned else "subnet.json",
+            "policy": self.plan.shape.policy if owned and self.plan.shape.policy != self.checkpoint.policy else None,
+            "layout": wishes.layout if wishes.layout != "uniform" else None,
+            "for": wishes.flow,
+            "precision": wishes.precision,
+            "bias": None if self.bias == self.checkpoint.bias else "on" if self.bias else "off",
+            "dtype": wishes.dtype,
+            "multiple": wishes.multiple,
+        }
+        said = " ".join(f"--{name} {value}" for name, value in options.items() if value is not None)
+        return f"amoeba extract CHECKPOINT {said} -o DIR"
+
+    def extract(self, output: Path, text: Path | None, progress: Progress) -> Extraction:
+        """Write it into an existing, empty folder."""
+
+        def quality(folder: Path) -> dict[str, Any] | None:
+            return self.quality(text, folder, progress)
+
+        wishes = self.wishes
+        return extract(
+            self.checkpoint.model,
+            self.plan,
+            output,
+            dtype=DTYPES[wishes.dtype] if wishes.dtype else model_dtype(self.checkpoint.model),
+            layout=wishes.layout,
+            learnt=self.checkpoint.learnt(self.plan, self.bias),
+            facts=self._facts(),
+            shard_bytes=wishes.shard_bytes,
+            quality=quality,
+        )
+
+
+def derive_folder(
+    checkpoint: Checkpoint,
+    shape: str,
+    output: Path,
+    *,
+    force: bool = False,
+    quality_text: Path | None = None,
+    after: Callable[[Path], None] = lambda _: None,
+    progress: Progress | None = None,
+    **wishes: Any,
+) -> Extraction:
+    """Decide on a subnet and write its folder, which appears whole or not at all.
+
+    Args:
+        checkpoint: what to derive from.
+        shape: a shape such as 24x0.75, or the path of a plan file.
+        output: the folder to write.
+        force: replace a folder that Amoeba wrote.
+        quality_text: a text to measure the loss on before and after.
+        after: called with the folder before it takes its name; what it raises undoes everything.
+        progress: told of notes.
+        wishes: the other fields of ``Wishes``.
+
+    Raises:
+        BadInput: the subnet is refused, or the output may not be written.
+    """
+    said = progress or Progress(quiet=True)
+    subnet = Subnet(checkpoint, Wishes(shape, **wishes))
+    for note in subnet.notes:
+        said.say(f"note: {note}")
+    inputs = (checkpoint.path, checkpoint.model.path, *([quality_text] if quality_text else []))
+    with whole_folder(output, force, inputs) as folder:
+        done = subnet.extract(folder, quality_text, said)
+        after(folder)
+    return Extraction(output, done.plan, done.subnet, done.seconds, done.bytes)
+
+
+def derive_model(checkpoint: Checkpoint, shape: str, **wishes: Any) -> PreTrainedModel:
+    """A subnet as a stock transformers model in memory, in the dtype that was asked for, else the base model's."""
+    asked = Wishes(shape, **wishes)
+    dtype = DTYPES[asked.dtype] if asked.dtype else model_dtype(checkpoint.model)
+    with tempfile.TemporaryDirectory(prefix="amoeba-subnet-") as work:
+        Subnet(checkpoint, asked).extract(Path(work), None, Progress(quiet=True))
+        return load_torch_model(Path(work), dtype)
