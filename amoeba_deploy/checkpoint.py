@@ -7,6 +7,7 @@ or referred to by its digest. From it a subnet of any shape is derived by extrac
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 from dataclasses import dataclass
 from fractions import Fraction
@@ -15,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from amoeba_deploy import __version__, families
-from amoeba_deploy.adapters import Adapters, read_adapters
+from amoeba_deploy.adapters import ADAPTERS, Adapters, read_adapters
 from amoeba_deploy.architecture import Architecture
 from amoeba_deploy.compensation import Biases, LowRanks, block_biases
 from amoeba_deploy.errors import BadInput, VerificationFailed
 from amoeba_deploy.extraction import Learnt
-from amoeba_deploy.files import read_json, sha256_of, write_json
+from amoeba_deploy.files import read_json, require_inside, sha256_of, write_json
 from amoeba_deploy.model_folder import ModelFolder, resolve_model
 from amoeba_deploy.plan import NEURON_MULTIPLE, Plan, Steps, read_plan, sized, subnet_widths
 from amoeba_deploy.quality import WIDTHS, Quality, read_quality
@@ -182,6 +183,7 @@ def open_checkpoint(path: Path | None = None) -> Checkpoint:
             f"{folder}: is a model, not a one-for-all checkpoint; make one with 'amoeba select' and "
             f"'amoeba checkpoint create'"
         )
+    require_inside(folder, (folder / part for part in _PARTS))
     head = read_json(folder / "amoeba.json", CHECKPOINT_FORMAT)
     try:
         base, digest, base_name = str(head["base"]["path"]), str(head["base"]["digest"]), head["base"].get("name")
@@ -200,9 +202,9 @@ def open_checkpoint(path: Path | None = None) -> Checkpoint:
             f"policies uniform and adaptive, bias on and off, and adapters null, {' and '.join(ADAPTER_KINDS)}"
         )
     where = folder / base  # an absolute path stays what it is
-    if not where.is_dir():
+    if not os.path.isdir(where):  # unlike Path.is_dir, false for names that no system takes
         raise BadInput(
-            f"{folder}: its base model should be {where}, which is not there; put it back, or create the checkpoint "
+            f"{folder}: its base model should be {str(where)[:300]}, which is not there; put it back, or create the checkpoint "
             f"again, with --include-base to keep the model inside"
         )
     model = ModelFolder(where)
@@ -216,6 +218,8 @@ def open_checkpoint(path: Path | None = None) -> Checkpoint:
     if selection.base_digest != digest:
         raise BadInput(f"{folder}: its selection was made for another base model; create the checkpoint again")
     quality = read_quality(folder, model.architecture, multiple, policy, bias == "on")
+    if kind is None and (folder / ADAPTERS).exists():
+        raise BadInput(f"{folder}: holds {ADAPTERS}, and amoeba.json says that there are no adapters; create it again")
     adapters = None if kind is None else read_adapters(folder, model.architecture)
     return Checkpoint(
         folder, name, model, selection, quality, multiple, widths, policy, bias == "on", adapters, base_name

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,53 @@ def check_target(target: Path, force: bool, inputs: Sequence[Path] = ()) -> None
         raise BadInput(f"{target}: was not written by amoeba, so --force does not replace it; choose another output")
 
 
+def require_inside(folder: Path, files: Iterable[Path]) -> None:
+    """Raise BadInput where a file is a link out of its folder, whose content could be anything on this machine.
+
+    The hub's cache is built of links: a snapshot's files lie among the blobs of the same repository.
+    """
+    home = folder.resolve()
+    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    for file in files:
+        if not file.is_symlink():
+            continue
+        found = file.resolve()
+        if not any(place in found.parents for place in homes):
+            raise BadInput(f"{file}: is a link to {found}, outside its folder; put the file itself there")
+
+
+_PARTS = ".part", ".old"
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Remove what killed commands left beside a target: temporary names whose owner holds no lock any more."""
+    for suffix in _PARTS:
+        for left in target.parent.glob(f".{target.name}.????????{suffix}"):
+            try:
+                with _locked(left):
+                    shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+            except OSError:
+                continue
+
+
+@contextmanager
+def _locked(path: Path, needed: bool = True) -> Iterator[None]:
+    """Hold a lock on a temporary file or folder, which ends with the process.
+
+    Raises OSError where it is held already, or where the file system has no locks and one is ``needed``.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            if needed:
+                raise
+        yield
+    finally:
+        os.close(descriptor)
+
+
 @contextmanager
 def whole_folder(target: Path, force: bool = False, inputs: Sequence[Path] = ()) -> Iterator[Path]:
     """A temporary folder beside ``target`` that takes its name when the block ends well, and vanishes otherwise.
@@ -92,13 +140,15 @@ def whole_folder(target: Path, force: bool = False, inputs: Sequence[Path] = ())
     check_target(target, force, inputs)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(target)
         work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
     except OSError as error:
         raise BadInput(f"{target}: cannot be written ({error.strerror})") from None
     try:
         work.chmod(0o755)
-        yield work
-        _replace(work, target)
+        with _locked(work, needed=False):
+            yield work
+            _replace(work, target)
     except OSError as error:
         raise BadInput(f"{target}: was not written ({error})") from error
     finally:
@@ -128,15 +178,17 @@ def whole_file(target: Path, force: bool = False) -> Iterator[Path]:
         raise BadInput(f"{target}: exists already; choose another output or add --force to replace it")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(target)
         handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
         os.close(handle)
     except OSError as error:
         raise BadInput(f"{target}: cannot be written ({error.strerror})") from None
     work = Path(name)
     try:
-        yield work
-        work.chmod(0o644)
-        work.replace(target)
+        with _locked(work, needed=False):
+            yield work
+            work.chmod(0o644)
+            work.replace(target)
     except OSError as error:
         raise BadInput(f"{target}: was not written ({error})") from error
     finally:

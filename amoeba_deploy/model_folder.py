@@ -14,8 +14,8 @@ from amoeba_deploy.architecture import Architecture
 from amoeba_deploy.errors import BadInput
 from amoeba_deploy.families import family_of, read_architecture
 from amoeba_deploy.families.family import Family
-from amoeba_deploy.files import read_json_object, sha256_of
-from amoeba_deploy.tensors import TensorFolder, as_float32
+from amoeba_deploy.files import read_json_object, require_inside, sha256_of
+from amoeba_deploy.tensors import CONFIG_DTYPES, INDEX, TensorFolder, as_float32
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -71,6 +71,7 @@ class ModelFolder:
         self.family: Family = family_of(self.config)
         self.architecture: Architecture = read_architecture(self.config)
         self.tensors = TensorFolder(path)
+        require_inside(path, [path / "config.json", path / INDEX, *self.tensors.files, *self.tokenizer_files()])
 
     def check_shapes(self) -> None:
         """Raise BadInput where a tensor is missing or is not of the shape that the config implies."""
@@ -83,9 +84,16 @@ class ModelFolder:
             for name, axes in self.family.block_tensors(sizes).items():
                 wanted[f"model.layers.{index}.{name}"] = tuple(sizes.extent(axis) for axis in axes)
         for name, shape in wanted.items():
-            found = self.tensors.info(name).shape
-            if found != shape:
-                raise BadInput(f"{self.path}: tensor '{name}' is {list(found)}, its config calls for {list(shape)}")
+            found = self.tensors.info(name)
+            if found.shape != shape:
+                raise BadInput(
+                    f"{self.path}: tensor '{name}' is {list(found.shape)}, its config calls for {list(shape)}"
+                )
+            if found.dtype not in CONFIG_DTYPES.values():
+                raise BadInput(
+                    f"{self.path}: tensor '{name}' holds {found.dtype}, where weights in F32, F16 or BF16 belong; "
+                    f"get or convert the model in one of them"
+                )
 
     def block_matrix(self, index: int, name: str) -> NDArray[np.float32]:
         """A matrix [out, in] of the common block, such as ``mlp.gate_proj``, also where it is fused with others."""

@@ -274,7 +274,7 @@ def plan_from_json(value: Any, architecture: Architecture, where: str) -> Plan:
 def read_plan(path: Path, architecture: Architecture) -> Plan:
     """A plan file, as ``extract --plan-only`` prints it; raises BadInput where it is not one of this model."""
     try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"{path}: cannot be read as a plan ({error})") from None
     return plan_from_json(value, architecture, str(path))

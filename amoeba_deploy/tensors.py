@@ -63,6 +63,11 @@ class TensorInfo:
 
 
 def _entry(file: Path, name: str, entry: Any, start: int, size: int) -> TensorInfo:
+    kind = entry.get("dtype") if isinstance(entry, dict) else None
+    if isinstance(kind, str) and kind not in NUMPY_OF:
+        raise BadInput(
+            f"{file}: tensor '{name}' has the dtype {kind[:20]}, which is not read; convert it to BF16 or F32"
+        )
     try:
         dtype, shape = entry["dtype"], tuple(entry["shape"])
         begin, end = entry["data_offsets"]

@@ -29,7 +29,7 @@ def family_of(config: dict[str, Any]) -> Family:
     """
     name = config.get("model_type")
     if name not in _FAMILIES:
-        raise BadInput(f"config.json has model_type {name!r}; the families known are {', '.join(_FAMILIES)}")
+        raise BadInput(f"config.json has model_type {name!r:.100}; the families known are {', '.join(_FAMILIES)}")
     found = import_module(f"{__name__}.{name}").FAMILY
     assert isinstance(found, Family)
     return found
@@ -75,5 +75,15 @@ def compensated(subnet: Architecture) -> Architecture:
 
 
 def read_architecture(config: dict[str, Any]) -> Architecture:
-    """The sizes that a config states, by its family's rules."""
-    return family_of(config).architecture(config)
+    """The sizes that a config states, by its family's rules.
+
+    Raises:
+        BadInput: the family is not known, or an entry is missing, contradicts another, or is of a wrong kind.
+    """
+    family = family_of(config)
+    try:
+        return family.architecture(config)
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+        raise BadInput(
+            f"config.json of a {family.model_type} has an entry that is missing or of a wrong kind ({error!r:.200})"
+        ) from None
