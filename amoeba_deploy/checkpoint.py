@@ -202,10 +202,10 @@ def open_checkpoint(path: Path | None = None) -> Checkpoint:
             f"policies uniform and adaptive, bias on and off, and adapters null, {' and '.join(ADAPTER_KINDS)}"
         )
     where = folder / base  # an absolute path stays what it is
-    if not os.path.isdir(where):  # unlike Path.is_dir, false for names that no system takes
+    if not os.path.isdir(where):  # noqa: PTH112 - Path.is_dir raises for names that no system takes
         raise BadInput(
-            f"{folder}: its base model should be {str(where)[:300]}, which is not there; put it back, or create the checkpoint "
-            f"again, with --include-base to keep the model inside"
+            f"{folder}: its base model should be {str(where)[:300]}, which is not there; put it back, or create the "
+            f"checkpoint again, with --include-base to keep the model inside"
         )
     model = ModelFolder(where)
     model.check_shapes()

@@ -380,7 +380,7 @@ def extract(
     amoeba extract --shape 8x0.75 --for gguf -o subnet
     """
     from amoeba_deploy.files import json_text
-    from amoeba_deploy.hub import upload
+    from amoeba_deploy.hub import check_name, upload
     from amoeba_deploy.subnet import Subnet, Wishes, derive_folder
 
     opened, progress = open_named(checkpoint), Progress(quiet)
@@ -393,11 +393,13 @@ def extract(
         return
     if output is None:
         raise BadInput("extract needs -o DIR to write to, or --plan-only")
+    if push_to_hub:
+        check_name(push_to_hub)
     done = derive_folder(opened, shape, output, force=force, quality_text=quality_text, progress=progress, **asked)
     value = {"path": str(output), "plan": done.plan.to_json(), "seconds": round(done.seconds, 4), "bytes": done.bytes}
     said = f"{output}: {done.plan.shape}, {done.bytes / 1e6:.1f} MB of weights in {done.seconds:.2f} s"
     if push_to_hub:
-        value["url"] = upload(output, push_to_hub)
+        value["url"] = upload(output, push_to_hub, progress)
         said += f"; pushed to {value['url']}"
     emit(value, as_json, lambda: click.echo(said))
 

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from amoeba_deploy.errors import BadInput
+from amoeba_deploy.progress import Progress
 
 
-def upload(folder: Path, repository: str) -> str:
+def check_name(repository: str) -> None:
+    """Raise BadInput where a name cannot be that of a repository, before any work is done for it."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repository)
+    except HFValidationError:
+        raise BadInput(f"'{repository}' is not the name of a repository; write org/name") from None
+
+
+def upload(folder: Path, repository: str, progress: Progress) -> str:
     """Upload every file of a folder as one commit, and make the repository where there is none; returns its address.
 
     Who uploads is whom ``hf auth login`` or HF_TOKEN says.
@@ -17,8 +30,11 @@ def upload(folder: Path, repository: str) -> str:
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+    from huggingface_hub.utils import disable_progress_bars
 
     try:
+        if progress.quiet or not sys.stderr.isatty():
+            disable_progress_bars()
         api = HfApi(library_name="amoeba-deploy")
         url = api.create_repo(repository, exist_ok=True)
         api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message="Upload a subnet cut by Amoeba")
