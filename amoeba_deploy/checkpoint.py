@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache, cached_property, partial
@@ -15,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from amoeba_deploy import __version__, families
-from amoeba_deploy.adapters import Adapters, read_adapters
+from amoeba_deploy.adapters import Adapters, check_finite, read_adapters
 from amoeba_deploy.architecture import Architecture
-from amoeba_deploy.compensation import LowRanks, block_biases
+from amoeba_deploy.compensation import LowRanks, block_biases, with_own_biases
 from amoeba_deploy.errors import BadInput, VerificationFailed
 from amoeba_deploy.extraction import Learnt
 from amoeba_deploy.files import read_json, sha256_of, write_json
@@ -78,12 +79,15 @@ class Checkpoint:
 
     def shapes(self) -> list[Shape]:
         """Every distinct subnet, by its shortest name: all depths and all legal widths."""
-        widths = subnet_widths(self.architecture, self.minimum_width, self.steps)
-        depths = range(self.architecture.depth, self.minimum_depth - 1, -1)
+        masks = self.selection.masks
+        widths = list(masks.widths) if masks else subnet_widths(self.architecture, self.minimum_width, self.steps)
+        depths = sorted(self.selection.depths, reverse=True)
         return [Shape(depth, width, self.policy) for depth in depths for width in widths]
 
     def sized(self, shape: Shape) -> Architecture:
         """The sizes of a shape's subnet."""
+        if self.selection.masks is not None and shape.policy == "adaptive":
+            return self.selection.masks.sized(self.architecture, shape, self.selection.choice(shape.depth).kept)
         return sized(self.architecture, shape, self.steps)
 
     def require_whole_blocks(self) -> None:
@@ -94,17 +98,30 @@ class Checkpoint:
                 f"whole blocks only; extract and evaluate its shapes, or select again with --units block"
             )
 
+    def require_scores(self) -> None:
+        """Raise BadInput where masks say what is kept: latency tables hold shapes whose blocks are all alike."""
+        if self.selection.masks is not None:
+            raise BadInput(
+                f"{self.path}: holds imported masks, under which blocks differ in width, and latency tables hold "
+                f"uniform shapes; give --table or another --device, or profile another checkpoint of its base model"
+            )
+
     def plan(self, shape: Shape, steps: Steps | None = None) -> Plan:
         """The exact units of a shape; raises BadInput where the selection does not cover its depth."""
         if shape.depth > self.architecture.depth:
             raise BadInput(f"the shape {shape} asks for {shape.depth} blocks; the model has {self.architecture.depth}")
+        if steps is not None and self.selection.masks is not None:
+            raise BadInput(f"{self.path}: its masks say which neurons are kept; leave out --multiple")
         return self.selection.plan(self.architecture, shape, steps or self.steps)
 
     def plan_of(self, text: str, steps: Steps | None = None, policy: Policy | None = None) -> Plan:
         """The plan of ``--shape``: a shape such as 24x0.75, under the checkpoint's policy unless told otherwise, or
         the path of a plan file."""
         if text.endswith(".json"):
-            return read_plan(Path(text), self.architecture)
+            plan = read_plan(Path(text), self.architecture)
+            if self.selection.masks is not None and plan != self.plan(plan.shape):
+                raise BadInput(f"{text}: keeps other units than the checkpoint's masks at {plan.shape}; name a shape")
+            return plan
         return self.plan(Shape.parse(text, policy or self.policy), steps)
 
     def learnt(self, plan: Plan, bias: bool | None = None) -> Learnt:
@@ -116,8 +133,12 @@ class Checkpoint:
         if self.adapters is not None:
             mixture = self.adapters.mixture(plan.kept_blocks, plan.shape.width)
             low_rank = partial(self.adapters.low_rank, mixture)
-        if not (self.bias if bias is None else bias):
+        masks, width = self.selection.masks, plan.shape.width
+        if not (self.bias if bias is None else bias) or (masks is not None and width == 1):
             return Learnt(low_rank)
+        if masks is not None:
+            masks.biases(plan.blocks[0], width)  # refused now, not while weights are written
+            return Learnt(low_rank, lambda block: with_own_biases(self.model, block, *masks.biases(block, width)))
         return Learnt(low_rank, cache(lambda block: block_biases(self.model, self.selection, block, low_rank)))
 
     def origin(self) -> dict[str, Any]:
@@ -172,6 +193,9 @@ def open_checkpoint(path: Path | None = None) -> Checkpoint:
     selection = read_selection(folder, model.architecture)
     if selection.base_digest != digest:
         raise BadInput(f"{folder}: its selection was made for another base model; create the checkpoint again")
+    masks = selection.masks
+    if masks is not None and (policy != "adaptive" or widths != masks.widths or (bias == "on" and not masks.biased)):
+        raise BadInput(f"{folder / 'amoeba.json'}: contradicts the masks in its selection; import it again")
     quality = read_quality(folder, model.architecture, multiple, policy, bias == "on")
     adapters = None if kind is None else read_adapters(folder, model.architecture)
     return Checkpoint(folder, name, model, selection, quality, multiple, widths, policy, bias == "on", adapters)
@@ -211,29 +235,47 @@ def create_checkpoint(
             f"{selection_folder}: was made for a model of digest {selection.base_digest[:19]}..., "
             f"{model_name} has {model.digest[:19]}...; select again for this model"
         )
+    for part in ("selection.json", "selection.safetensors"):
+        shutil.copyfile(selection_folder / part, output / part)
+    return finish_checkpoint(
+        output, model, name or Path(model_name).name, include_base=include_base, policy=policy, bias=bias
+    )
+
+
+def finish_checkpoint(
+    output: Path,
+    model: ModelFolder,
+    name: str,
+    *,
+    include_base: bool,
+    policy: Policy,
+    bias: bool,
+    multiple: int = NEURON_MULTIPLE,
+    widths: Sequence[Fraction] = WIDTHS,
+    adapters: str | None = None,
+) -> Checkpoint:
+    """Write ``amoeba.json``, and the base model if it belongs inside, beside the parts of a checkpoint; and open it."""
     base = str(model.path)
     if include_base:
         base = "base"
         shutil.copytree(model.path, output / base)
-    for part in ("selection.json", "selection.safetensors"):
-        shutil.copyfile(selection_folder / part, output / part)
     head = {
         "format": CHECKPOINT_FORMAT,
         "tool": f"amoeba-deploy {__version__}",
-        "name": name or Path(model_name).name,
+        "name": name,
         "base": {"path": base, "digest": model.digest},
         "policy": policy,
         "bias": "on" if bias else "off",
-        "multiple": NEURON_MULTIPLE,
-        "widths": [width_to_json(width) for width in WIDTHS],
-        "adapters": None,
+        "multiple": multiple,
+        "widths": [width_to_json(width) for width in widths],
+        "adapters": adapters,
     }
     write_json(output / "amoeba.json", head)
     return open_checkpoint(output)
 
 
 def verify_checkpoint(checkpoint: Checkpoint) -> int:
-    """Read every weight of the base model and check that all are finite; returns how many tensors there are.
+    """Read every weight of the base model and the adapters and check that all are finite; returns how many tensors.
 
     Opening the checkpoint has already compared its digests.
 
@@ -246,4 +288,4 @@ def verify_checkpoint(checkpoint: Checkpoint) -> int:
     for name in tensors.infos:
         if not np.isfinite(tensors.float32(name)).all():
             raise VerificationFailed(f"{checkpoint.model.path}: tensor '{name}' holds values that are not finite")
-    return len(tensors.infos)
+    return len(tensors.infos) + (check_finite(checkpoint.adapters) if checkpoint.adapters else 0)

@@ -127,6 +127,8 @@ class Request:
         full = self.space.architecture
         if self.plan is not None and shape == self.plan.shape:
             return self.plan.subnet(full)
+        if self.space.checkpoint is not None:
+            return self.space.checkpoint.sized(shape)
         return sized(full, shape, Steps.of(full, self.space.multiple))
 
     def answer(self) -> Answer:
