@@ -11,6 +11,7 @@ added behind o_proj and down_proj. So extraction keeps rows of the merged weight
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
@@ -36,7 +37,7 @@ STRATEGY = "dp_selection_strategy.npy"
 _ENTRIES = ("strategy", "metric", "width_mask", "bias")
 _HEADS, _NEURONS = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 _MOST_PARTS = 1000
-_LARGEST = np.finfo(np.float64).max
+_LARGEST = sys.float_info.max
 Vector = NDArray[np.float64]
 
 
