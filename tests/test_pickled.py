@@ -168,7 +168,7 @@ def hostile(ran: Path) -> dict[str, tuple[bytes, str]]:
         "! by a name in a line": (header() + b"\x80\x02cposix\nsystem\n" + line(touch) + b"\x85R.", "'posix.system'"),
         "! by INST": (header() + b"\x80\x02(" + line(touch) + b"iposix\nsystem\n.", "opcode INST"),
         "by OBJ": (header() + b"\x80\x02(cposix\nsystem\n" + text(touch) + b"o.", "posix.system"),
-        "! by NEWOBJ": (
+        "by NEWOBJ": (
             header() + calling("subprocess", "Popen", "touch")[:-10] + arguments + b"\x85\x81.",
             "'subprocess.Popen'",
         ),
