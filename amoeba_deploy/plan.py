@@ -242,7 +242,8 @@ def plan_from_json(value: Any, architecture: Architecture, where: str) -> Plan:
         raise BadInput(f"{where}: 'shape' must name depth, width and policy")
     sublayers = sum(bool(block.kv_heads) + bool(block.neurons) for block in blocks)
     depth = head.get("depth")
-    if type(depth) is not int or depth not in (len(blocks), -(-sublayers // 2)):
+    legal = {-(-sublayers // 2)} | ({len(blocks)} if head["policy"] == "adaptive" else set())
+    if type(depth) is not int or depth not in legal:
         raise BadInput(f"{where}: 'shape' says {depth} blocks and the plan has {sublayers / 2:g}")
     if not all(Plan(Shape(1, Fraction(1)), tuple(blocks)).widest):
         raise BadInput(f"{where}: no block keeps its attention, or none its feed-forward; keep at least one of each")

@@ -236,6 +236,8 @@ def read_selection(folder: Path, architecture: Architecture) -> Selection:
     digest, depths = str(value.get("base_digest")), _read_depths(value.get("depth"), architecture.depth, file)
     tensors = folder / "selection.safetensors"
     if "widths" not in value:
+        if any(choice.metric is None for choice in depths.values()):
+            raise BadInput(f"{file}: lacks the metric of a depth; select again")
         return Selection(digest, depths, _read_blocks(tensors, architecture), facts)
     masks = read_masks(tensors, architecture, _read_widths(value["widths"], file))
     return Selection(digest, depths, (), facts, masks)
