@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from amoeba_deploy.architecture import Architecture
 from amoeba_deploy.cutting import LowRank
-from amoeba_deploy.errors import BadInput
+from amoeba_deploy.errors import BadInput, VerificationFailed
 from amoeba_deploy.families import family_of
 from amoeba_deploy.shape import format_width, parse_width
 from amoeba_deploy.tensors import (
@@ -26,6 +26,7 @@ from amoeba_deploy.tensors import (
     Array,
     OpenFile,
     TensorInfo,
+    TensorSource,
     array_source,
     as_float32,
     read_header,
@@ -162,6 +163,18 @@ def read_adapters(folder: Path, sizes: Architecture) -> Adapters:
     return Adapters(file, infos, gate, sizes.depth, experts, rank, alpha, top_k, widths)
 
 
+def check_finite(adapters: Adapters) -> int:
+    """Read every tensor of the experts and the gate; returns how many there are.
+
+    Raises:
+        VerificationFailed: one holds a value that is not finite.
+    """
+    for name, info in adapters.infos.items():
+        if not np.isfinite(_whole(adapters.file, info)).all():
+            raise VerificationFailed(f"{adapters.file.path}: tensor '{name}' holds values that are not finite")
+    return len(adapters.infos)
+
+
 def _whole(file: OpenFile, info: TensorInfo) -> Numbers:
     values: Array = np.empty(info.shape, NUMPY_OF[info.dtype])
     file.read_into(values, info.offset)
@@ -169,14 +182,26 @@ def _whole(file: OpenFile, info: TensorInfo) -> Numbers:
 
 
 def write_adapters(
-    folder: Path, tensors: Mapping[str, Numbers], *, rank: int, alpha: float, top_k: int, widths: Sequence[Fraction]
+    folder: Path,
+    tensors: Mapping[str, Numbers | TensorSource],
+    *,
+    rank: int,
+    alpha: float,
+    top_k: int,
+    widths: Sequence[Fraction],
 ) -> None:
-    """Write ``smol.safetensors``: float32 arrays by the names of this format, and the settings as metadata."""
+    """Write ``smol.safetensors``: tensors by the names of this format, and the settings as metadata.
+
+    Arrays are written as float32; sources give their values when they are written.
+    """
     settings = {
         "alpha": repr(float(alpha)),
         "rank": str(rank),
         "top_k": str(top_k),
         "widths": ",".join(format_width(width) for width in sorted(widths, reverse=True)),
     }
-    sources = {name: array_source(np.asarray(array, np.float32), "F32") for name, array in tensors.items()}
+    sources = {
+        name: found if isinstance(found, TensorSource) else array_source(np.asarray(found, np.float32), "F32")
+        for name, found in tensors.items()
+    }
     write_tensors(folder / ADAPTERS, sources, settings)

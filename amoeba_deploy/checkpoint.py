@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache, cached_property, partial
@@ -16,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from amoeba_deploy import __version__, families
-from amoeba_deploy.adapters import ADAPTERS, Adapters, read_adapters
+from amoeba_deploy.adapters import ADAPTERS, Adapters, check_finite, read_adapters
 from amoeba_deploy.architecture import Architecture
-from amoeba_deploy.compensation import Biases, LowRanks, block_biases
+from amoeba_deploy.compensation import Biases, LowRanks, block_biases, with_own_biases
 from amoeba_deploy.errors import BadInput, VerificationFailed
 from amoeba_deploy.extraction import Learnt
 from amoeba_deploy.files import read_json, require_inside, sha256_of, write_json
@@ -89,15 +90,21 @@ class Checkpoint:
         shape = plan.shape
         return shape.policy == self.policy and shape.depth in self.selection.depths and self.plan(shape) == plan
 
-    def shapes(self) -> list[Shape]:
-        """Every distinct subnet, by its shortest name: all depths and all legal widths."""
-        widths = subnet_widths(self.architecture, self.minimum_width, self.steps)
-        depths = range(self.architecture.depth, self.minimum_depth - 1, -1)
+    def shapes(self, steps: Steps | None = None) -> list[Shape]:
+        """Every distinct subnet, by its shortest name: all depths and all legal widths.
+
+        ``steps``: the numbers of heads and neurons that an engine takes, where one is asked for.
+        """
+        masks, chosen = self.selection.masks, steps or self.steps
+        widths = list(masks.widths) if masks else subnet_widths(self.architecture, self.minimum_width, chosen)
+        depths = sorted(self.selection.depths, reverse=True)
         return [Shape(depth, width, self.policy) for depth in depths for width in widths]
 
     def sized(self, shape: Shape, steps: Steps | None = None) -> Architecture:
         """The sizes of a shape's subnet, every block as wide as the widest, with its compensating biases."""
-        if shape.policy == "adaptive":
+        if self.selection.masks is not None and shape.policy == "adaptive":
+            found = self.selection.masks.sized(self.architecture, shape, self.selection.choice(shape.depth).kept)
+        elif shape.policy == "adaptive":
             found = self.plan(shape, steps).subnet(self.architecture)
         else:
             found = sized(self.architecture, shape, steps or self.steps)
@@ -111,8 +118,19 @@ class Checkpoint:
                 f"whole blocks only; extract and evaluate its shapes, or select again with --units block"
             )
 
+    def require_scores(self) -> None:
+        """Raise BadInput where masks say what is kept: latency tables hold shapes whose blocks are all alike."""
+        if self.selection.masks is not None:
+            raise BadInput(
+                f"{self.path}: holds imported masks, under which blocks differ in width, and latency tables hold "
+                f"uniform shapes; give --table or another --device, or profile another checkpoint of its base model"
+            )
+
     def plan(self, shape: Shape, steps: Steps | None = None) -> Plan:
-        """The exact units of a shape; raises BadInput where the selection does not cover its depth."""
+        """The exact units of a shape, which masks say where there are some; raises BadInput where they do not cover it.
+
+        ``steps``: the numbers of heads and neurons that may be kept, where scores choose among them.
+        """
         if shape.depth > self.architecture.depth:
             raise BadInput(f"the shape {shape} asks for {shape.depth} blocks; the model has {self.architecture.depth}")
         return self.selection.plan(self.architecture, shape, steps or self.steps)
@@ -121,7 +139,10 @@ class Checkpoint:
         """The plan of ``--shape``: a shape such as 24x0.75, under the checkpoint's policy unless told otherwise, or
         the path of a plan file."""
         if text.endswith(".json"):
-            return read_plan(Path(text), self.architecture)
+            plan = read_plan(Path(text), self.architecture)
+            if self.selection.masks is not None and plan != self.plan(plan.shape):
+                raise BadInput(f"{text}: keeps other units than the checkpoint's masks at {plan.shape}; name a shape")
+            return plan
         return self.plan(Shape.parse(text, policy or self.policy), steps)
 
     def learnt(self, plan: Plan, bias: bool | None = None) -> Learnt:
@@ -130,6 +151,8 @@ class Checkpoint:
         ``bias`` asks for compensating biases or forbids them; left out, the checkpoint's own choice is followed.
         """
         wanted = self.bias if bias is None else bias
+        if self.selection.masks is not None and plan.shape.width == 1:
+            wanted = False  # nothing is removed, and nothing was stored for it
         return Learnt(self._low_rank(plan), self.biases(plan) if wanted else None)
 
     def _low_rank(self, plan: Plan) -> LowRanks:
@@ -138,8 +161,20 @@ class Checkpoint:
         return partial(self.adapters.low_rank, self.adapters.mixture(plan.kept_blocks, plan.shape.width))
 
     def biases(self, plan: Plan) -> Biases:
-        """What compensates for the units that a plan removes from its blocks, of the tuned weights where tuned."""
-        return cache(partial(block_biases, self.model, self.selection, low_rank=self._low_rank(plan)))
+        """What compensates for the units that a plan removes from its blocks, of the tuned weights where tuned.
+
+        Raises:
+            BadInput: the checkpoint was imported without biases.
+        """
+        masks, width = self.selection.masks, plan.shape.width
+        if masks is None:
+            return cache(partial(block_biases, self.model, self.selection, low_rank=self._low_rank(plan)))
+        if not self.owns(plan):
+            raise BadInput(
+                "compensating biases are known of this checkpoint's own plans only; derive it with --bias off"
+            )
+        masks.biases(plan.blocks[0], width)  # refused now, not while weights are written
+        return lambda block: with_own_biases(self.model, block, *masks.biases(block, width))
 
     def extract(self, shape: str, output: Path | str | None = None, **wishes: Any) -> Any:
         """Derive a subnet: ``open("checkpoint").extract("24x0.75")``.
@@ -217,6 +252,9 @@ def open_checkpoint(path: Path | None = None) -> Checkpoint:
     selection = read_selection(folder, model.architecture)
     if selection.base_digest != digest:
         raise BadInput(f"{folder}: its selection was made for another base model; create the checkpoint again")
+    masks = selection.masks
+    if masks is not None and (policy != "adaptive" or widths != masks.widths or (bias == "on" and not masks.biased)):
+        raise BadInput(f"{folder / 'amoeba.json'}: contradicts the masks in its selection; import it again")
     quality = read_quality(folder, model.architecture, multiple, policy, bias == "on")
     if kind is None and (folder / ADAPTERS).exists():
         raise BadInput(f"{folder}: holds {ADAPTERS}, and amoeba.json says that there are no adapters; create it again")
@@ -260,29 +298,54 @@ def create_checkpoint(
             f"{selection_folder}: was made for a model of digest {selection.base_digest[:19]}..., "
             f"{model_name} has {model.digest[:19]}...; select again for this model"
         )
+    for part in ("selection.json", "selection.safetensors"):
+        shutil.copyfile(selection_folder / part, output / part)
+    return finish_checkpoint(
+        output,
+        model,
+        name or Path(model_name).name,
+        include_base=include_base,
+        hub_name=None if Path(model_name).is_dir() else model_name,
+        policy=policy,
+        bias=bias,
+    )
+
+
+def finish_checkpoint(
+    output: Path,
+    model: ModelFolder,
+    name: str,
+    *,
+    include_base: bool,
+    hub_name: str | None = None,
+    policy: Policy,
+    bias: bool,
+    multiple: int = NEURON_MULTIPLE,
+    widths: Sequence[Fraction] = WIDTHS,
+    adapters: str | None = None,
+) -> Checkpoint:
+    """Write ``amoeba.json``, and the base model if it belongs inside, beside the parts of a checkpoint; and open it."""
     base = str(model.path)
     if include_base:
         base = "base"
         shutil.copytree(model.path, output / base)
-    for part in ("selection.json", "selection.safetensors"):
-        shutil.copyfile(selection_folder / part, output / part)
     head = {
         "format": CHECKPOINT_FORMAT,
         "tool": f"amoeba-deploy {__version__}",
-        "name": name or Path(model_name).name,
-        "base": {"path": base, "digest": model.digest} | ({} if Path(model_name).is_dir() else {"name": model_name}),
+        "name": name,
+        "base": {"path": base, "digest": model.digest} | ({} if hub_name is None else {"name": hub_name}),
         "policy": policy,
         "bias": "on" if bias else "off",
-        "multiple": NEURON_MULTIPLE,
-        "widths": [width_to_json(width) for width in WIDTHS],
-        "adapters": None,
+        "multiple": multiple,
+        "widths": [width_to_json(width) for width in widths],
+        "adapters": adapters,
     }
     write_json(output / "amoeba.json", head)
     return open_checkpoint(output)
 
 
 def verify_checkpoint(checkpoint: Checkpoint) -> int:
-    """Read every weight of the base model and check that all are finite; returns how many tensors there are.
+    """Read every weight of the base model and the adapters and check that all are finite; returns how many tensors.
 
     Opening the checkpoint has already compared its digests.
 
@@ -295,4 +358,4 @@ def verify_checkpoint(checkpoint: Checkpoint) -> int:
     for name in tensors.infos:
         if not np.isfinite(tensors.float32(name)).all():
             raise VerificationFailed(f"{checkpoint.model.path}: tensor '{name}' holds values that are not finite")
-    return len(tensors.infos)
+    return len(tensors.infos) + (check_finite(checkpoint.adapters) if checkpoint.adapters else 0)

@@ -231,7 +231,7 @@ def select(
 
 @main.group()
 def checkpoint() -> None:
-    """Create, show and verify one-for-all checkpoints."""
+    """Create, import, show and verify one-for-all checkpoints."""
 
 
 @checkpoint.command("create")
@@ -293,6 +293,43 @@ def checkpoint_create(
             write_quality(folder, measure_quality(made, quality_text, quality_tasks, progress=Progress(quiet)))
     made = open_checkpoint(output)
     emit(console.checkpoint_json(made), as_json, lambda: console.print_checkpoint(made))
+
+
+@checkpoint.command("import")
+@click.argument("released", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--base", required=True, help="The base model that DIR was made from: a folder or a hub id.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+@click.option("--name", help="What derived models call it.  [default: the name of DIR]")
+@click.option("--include-base", is_flag=True, help="Copy the base model into the checkpoint.")
+@click.option("--force", is_flag=True, help="Replace an existing output.")
+@output_options
+def checkpoint_import(
+    released: Path,
+    base: str,
+    output: Path,
+    name: str | None,
+    include_base: bool,
+    force: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Turn what AmoebaLLM's authors released, dp_selection_strategy.npy and adapter_model/, into a checkpoint.
+
+    \b
+    amoeba checkpoint import amoeba-llama2 --base models/llama-2-7b -o llama2
+    """
+    from amoeba_deploy import console
+    from amoeba_deploy.checkpoint import open_checkpoint
+    from amoeba_deploy.files import whole_folder
+    from amoeba_deploy.released import import_released
+
+    with whole_folder(output, force, (released, Path(base))) as folder:
+        _, notes = import_released(released, base, folder, name=name, include_base=include_base)
+    made = open_checkpoint(output)
+    for note in notes:
+        Progress(quiet).say(f"note: {note}")
+    value = console.checkpoint_json(made) | {"notes": notes}
+    emit(value, as_json, lambda: console.print_checkpoint(made))
 
 
 @checkpoint.command("show")

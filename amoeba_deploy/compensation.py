@@ -49,11 +49,19 @@ def block_biases(
 
     attention = added("self_attn.o_proj", scores.o_proj_mean, block.heads, sizes.head_dim)
     feed_forward = added("mlp.down_proj", scores.down_proj_mean, block.neurons, 1)
-    # Extraction drops the model's own bias with a whole sublayer; what that added was constant too.
+    return with_own_biases(model, block, attention, feed_forward)
+
+
+def with_own_biases(model: ModelFolder, block: BlockPlan, attention: Bias, feed_forward: Bias) -> tuple[Bias, Bias]:
+    """Compensating biases of a block, and the model's own where a whole sublayer is gone.
+
+    Extraction drops the model's own bias with it; what that added was constant too.
+    """
+    sizes, name = model.architecture, f"model.layers.{block.index}"
     if sizes.output_bias and not block.heads:
-        attention += model.tensors.float32(f"{name}.self_attn.o_proj.bias")
+        attention = attention + model.tensors.float32(f"{name}.self_attn.o_proj.bias")
     if sizes.mlp_bias and not block.neurons:
-        feed_forward += model.tensors.float32(f"{name}.mlp.down_proj.bias")
+        feed_forward = feed_forward + model.tensors.float32(f"{name}.mlp.down_proj.bias")
     return attention, feed_forward
 
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from amoeba_deploy.shape import format_width, width_to_json
+
 if TYPE_CHECKING:
     from amoeba_deploy.checkpoint import Checkpoint
     from amoeba_deploy.profiles.device import Device
@@ -93,7 +95,7 @@ def print_selection(selection: Selection, output: Path) -> None:
     """Kept blocks and the calibration metric of each depth."""
     facts = selection.facts
     rows = [
-        [str(depth), f"{choice.metric:.4f}", kept_text(choice)]
+        [str(depth), "unknown" if choice.metric is None else f"{choice.metric:.4f}", kept_text(choice)]
         for depth, choice in sorted(selection.depths.items(), reverse=True)
     ]
     columns(rows, ["depth", facts["metric"], "kept blocks"])
@@ -117,6 +119,12 @@ def checkpoint_json(checkpoint: Checkpoint) -> dict[str, Any]:
         "digest": checkpoint.digest,
         "architecture": asdict(checkpoint.architecture),
         "parameters": checkpoint.architecture.parameters,
+        "policy": checkpoint.policy,
+        "bias": _on(checkpoint.bias),
+        "adapters": checkpoint.adapters is not None,
+        "masked_widths": None
+        if checkpoint.selection.masks is None
+        else [width_to_json(width) for width in checkpoint.selection.masks.widths],
         "min_depth": checkpoint.minimum_depth,
         "shapes": len(checkpoint.shapes()),
         "depth": {str(d): list(c.kept) for d, c in sorted(checkpoint.selection.depths.items(), reverse=True)},
@@ -146,6 +154,11 @@ def print_checkpoint(checkpoint: Checkpoint) -> None:
         f"  {len(checkpoint.shapes())} distinct shapes: depth {checkpoint.minimum_depth} to {sizes.depth}, "
         f"width {float(checkpoint.minimum_width):g} to 1"
     )
+    if checkpoint.selection.masks is not None:
+        widths = ", ".join(format_width(width) for width in checkpoint.selection.masks.widths)
+        click.echo(f"  imported masks: only the widths {widths}, policy adaptive, bias {_on(checkpoint.bias)}")
+    if checkpoint.adapters is not None:
+        click.echo(f"  tuned adapters: {checkpoint.adapters.experts} experts of rank {checkpoint.adapters.rank}")
     for depth, choice in sorted(checkpoint.selection.depths.items(), reverse=True):
         click.echo(f"  depth {depth}: keeps blocks {kept_text(choice)}")
     if quality is None:
@@ -154,6 +167,10 @@ def print_checkpoint(checkpoint: Checkpoint) -> None:
     click.echo(f"  loss on {quality.text['tokens']} held-out tokens:")
     for precision in quality.precisions:
         _print_quality(checkpoint, precision)
+
+
+def _on(value: bool) -> str:
+    return "on" if value else "off"
 
 
 def _print_quality(checkpoint: Checkpoint, precision: str) -> None:

@@ -264,11 +264,13 @@ def plan_from_json(value: Any, architecture: Architecture, where: str) -> Plan:
     if not isinstance(head, dict) or head.get("policy") not in ("uniform", "adaptive"):
         raise BadInput(f"{where}: 'shape' must name depth, width and policy")
     sublayers = sum(bool(block.kv_heads) + bool(block.neurons) for block in blocks)
-    if head.get("depth") != -(-sublayers // 2):
-        raise BadInput(f"{where}: 'shape' says {head.get('depth')} blocks and the plan has {sublayers / 2:g}")
+    depth = head.get("depth")
+    legal = {-(-sublayers // 2)} | ({len(blocks)} if head["policy"] == "adaptive" else set())
+    if type(depth) is not int or depth not in legal:
+        raise BadInput(f"{where}: 'shape' says {depth} blocks and the plan has {sublayers / 2:g}")
     if not all(Plan(Shape(1, Fraction(1)), tuple(blocks)).widest):
         raise BadInput(f"{where}: no block keeps its attention, or none its feed-forward; keep at least one of each")
-    return Plan(Shape(-(-sublayers // 2), parse_width(str(head.get("width"))), head["policy"]), tuple(blocks))
+    return Plan(Shape(depth, parse_width(str(head.get("width"))), head["policy"]), tuple(blocks))
 
 
 def read_plan(path: Path, architecture: Architecture) -> Plan:

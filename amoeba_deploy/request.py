@@ -30,7 +30,7 @@ from amoeba_deploy.profiles.workload import Workload
 from amoeba_deploy.progress import Progress
 from amoeba_deploy.quality import Quality
 from amoeba_deploy.search import Budget, Candidate, SearchResult, prediction_to_json, quality_to_json
-from amoeba_deploy.shape import Policy, Shape, format_width
+from amoeba_deploy.shape import Shape, format_width
 from amoeba_deploy.stage1 import default_minimum_depth
 from amoeba_deploy.target import Choices, Target, resolve_target, search_target
 
@@ -43,18 +43,18 @@ class Space:
 
     name: str
     architecture: Architecture
-    minimum: tuple[int, Fraction]
-    """The smallest depth and width to consider."""
     quality: Quality | None
     multiple: int
     checkpoint: Checkpoint | None
 
     def shapes(self, steps: Steps) -> list[Shape]:
         """All distinct subnets that keep only so many heads and neurons, by their shortest names."""
-        policy: Policy = self.checkpoint.policy if self.checkpoint else "uniform"
-        depths = range(self.architecture.depth, self.minimum[0] - 1, -1)
-        widths = subnet_widths(self.architecture, self.minimum[1], steps)
-        return [Shape(depth, width, policy) for depth in depths for width in widths]
+        if self.checkpoint is not None:
+            return self.checkpoint.shapes(steps)
+        full = self.architecture.depth
+        depths = range(full, default_minimum_depth(full) - 1, -1)
+        widths = subnet_widths(self.architecture, CONFIG_MINIMUM_WIDTH, steps)
+        return [Shape(depth, width) for depth in depths for width in widths]
 
     def sized(self, shape: Shape, steps: Steps) -> Architecture:
         """The sizes of a shape's subnet."""
@@ -72,7 +72,6 @@ class Space:
         return cls(
             checkpoint.name,
             checkpoint.architecture,
-            (checkpoint.minimum_depth, checkpoint.minimum_width),
             checkpoint.quality,
             checkpoint.multiple,
             checkpoint,
@@ -81,9 +80,7 @@ class Space:
     @classmethod
     def of_config(cls, path: Path) -> Space:
         """All distinct subnets of a config, from half its depth and half its width up; no weights are needed."""
-        sizes = read_architecture(read_config(path))
-        minimum = default_minimum_depth(sizes.depth), CONFIG_MINIMUM_WIDTH
-        return cls(str(path), sizes, minimum, None, NEURON_MULTIPLE, None)
+        return cls(str(path), read_architecture(read_config(path)), None, NEURON_MULTIPLE, None)
 
 
 @dataclass(frozen=True)

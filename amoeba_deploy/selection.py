@@ -1,7 +1,8 @@
 """The selection: what stage 1 learnt about a model, and the folder that keeps it.
 
-For every depth it names the blocks that are kept, and for every block it scores key/value groups and neurons. The
-folder holds ``selection.json`` and ``selection.safetensors``; docs/formats.md describes both.
+For every depth it names the blocks that are kept, and for every block it scores key/value groups and neurons; what was
+imported has masks at a few widths instead (masks.py). The folder holds ``selection.json`` and
+``selection.safetensors``; docs/formats.md describes both.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,13 @@ from numpy.typing import NDArray
 from amoeba_deploy.architecture import Architecture
 from amoeba_deploy.errors import BadInput
 from amoeba_deploy.files import read_json, write_json
+from amoeba_deploy.masks import Masks, read_masks
 from amoeba_deploy.plan import Plan, Ranking, Steps, make_plan
-from amoeba_deploy.shape import Shape
+from amoeba_deploy.shape import Shape, parse_width, width_to_json
 from amoeba_deploy.tensors import array_source, as_float32, read_header, write_tensors
 
 SELECTION_FORMAT = "amoeba.selection/1"
+SAFETENSORS_OF = {"float32": "F32", "uint8": "U8"}
 
 
 @dataclass(frozen=True)
@@ -46,14 +50,14 @@ class BlockScores:
 
 @dataclass(frozen=True)
 class DepthChoice:
-    """The blocks kept at one depth, ascending, and the metric that they reached on the calibration data.
+    """The blocks kept at one depth, ascending, and the metric that they reached on the calibration data, where known.
 
     Where attention and feed-forward were removed apart, ``kept`` has every block of which either stays, and a depth
     counts two sublayers as one block.
     """
 
     kept: tuple[int, ...]
-    metric: float
+    metric: float | None
     without_attention: tuple[int, ...] = ()
     without_feed_forward: tuple[int, ...] = ()
 
@@ -85,18 +89,21 @@ def depth_choice(depth: int, removed: Sequence[int], metric: float, sublayers: b
 
 @dataclass(frozen=True)
 class Selection:
-    """A whole selection. ``facts`` are the other entries of selection.json: methods, calibration, cost."""
+    """A whole selection: scores of every block, or masks. ``facts`` are the other entries of selection.json: methods,
+    calibration, cost."""
 
     base_digest: str
     depths: dict[int, DepthChoice]
     blocks: tuple[BlockScores, ...]
     facts: dict[str, Any]
+    masks: Masks | None = None
+    """Where there are some, ``blocks`` is empty."""
     _rankings: dict[Architecture, Ranking] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def depth(self) -> int:
         """Blocks of the full model."""
-        return len(self.blocks)
+        return len(self.blocks) if self.masks is None else max(self.depths)
 
     @property
     def minimum_depth(self) -> int:
@@ -106,13 +113,17 @@ class Selection:
     @property
     def whole_blocks(self) -> bool:
         """Whether every depth keeps whole blocks."""
-        return all(choice.whole_blocks for choice in self.depths.values())
+        masked = self.masks is None or self.masks.whole_blocks
+        return masked and all(choice.whole_blocks for choice in self.depths.values())
 
     def choice(self, depth: int) -> DepthChoice:
         """What is kept at a depth; raises BadInput where the selection does not reach it."""
         if depth not in self.depths:
+            known = f"{self.minimum_depth} to {self.depth}"
+            if len(self.depths) <= self.depth - self.minimum_depth:
+                known = ", ".join(map(str, sorted(self.depths)))
             raise BadInput(
-                f"depth {depth} is outside what the selection covers, {self.minimum_depth} to {self.depth}; "
+                f"depth {depth} is outside what the selection covers, {known}; "
                 f"choose one of those, or select again with a lower --min-depth"
             )
         return self.depths[depth]
@@ -130,6 +141,8 @@ class Selection:
     def plan(self, architecture: Architecture, shape: Shape, steps: Steps | None = None) -> Plan:
         """The exact units that a shape keeps."""
         choice = self.choice(shape.depth)
+        if self.masks is not None:
+            return self.masks.plan(architecture, shape, choice.kept)
         return make_plan(
             architecture,
             shape,
@@ -146,9 +159,15 @@ def write_selection(folder: Path, selection: Selection) -> None:
     """Write ``selection.json`` and ``selection.safetensors`` into an existing folder."""
     depths = {str(depth): choice.to_json() for depth, choice in sorted(selection.depths.items(), reverse=True)}
     head = {"format": SELECTION_FORMAT, "base_digest": selection.base_digest, "blocks": selection.depth}
+    if selection.masks is not None:
+        head["widths"] = [width_to_json(width) for width in selection.masks.by_width]
     write_json(folder / "selection.json", head | selection.facts | {"depth": depths})
-    arrays = [item for index, block in enumerate(selection.blocks) for item in block.tensors(index).items()]
-    sources = {name: array_source(array.astype(np.float32), "F32") for name, array in arrays}
+    arrays: dict[str, NDArray[Any]] = {}
+    for index, block in enumerate(selection.blocks):
+        arrays |= {name: array.astype(np.float32) for name, array in block.tensors(index).items()}
+    if selection.masks is not None:
+        arrays |= selection.masks.tensors()
+    sources = {name: array_source(array, SAFETENSORS_OF[array.dtype.name]) for name, array in arrays.items()}
     write_tensors(folder / "selection.safetensors", sources)
 
 
@@ -193,7 +212,7 @@ def _read_depths(value: Any, blocks: int, file: Path) -> dict[int, DepthChoice]:
         depths = {
             int(depth): DepthChoice(
                 tuple(entry["kept"]),
-                float(entry["metric"]),
+                None if entry["metric"] is None else float(entry["metric"]),
                 tuple(entry.get("without_attention", ())),
                 tuple(entry.get("without_feed_forward", ())),
             )
@@ -202,7 +221,7 @@ def _read_depths(value: Any, blocks: int, file: Path) -> dict[int, DepthChoice]:
     except (AttributeError, KeyError, TypeError, ValueError):
         raise BadInput(f"{file}: its 'depth' table is malformed; select again") from None
     for depth, choice in depths.items():
-        if not math.isfinite(choice.metric):
+        if choice.metric is not None and not math.isfinite(choice.metric):
             raise BadInput(f"{file}: the metric at depth {depth} is not a finite number; select again")
         if not _is_legal(choice, depth, blocks):
             raise BadInput(f"{file}: the blocks kept at depth {depth} are not {depth} ascending block numbers")
@@ -221,7 +240,23 @@ def read_selection(folder: Path, architecture: Architecture) -> Selection:
     value = read_json(file, SELECTION_FORMAT)
     if value.get("blocks") != architecture.depth:
         raise BadInput(f"{file}: is for a model of {value.get('blocks')} blocks, this one has {architecture.depth}")
-    facts = {k: v for k, v in value.items() if k not in ("format", "base_digest", "blocks", "depth")}
-    depths = _read_depths(value.get("depth"), architecture.depth, file)
-    blocks = _read_blocks(folder / "selection.safetensors", architecture)
-    return Selection(str(value.get("base_digest")), depths, blocks, facts)
+    facts = {k: v for k, v in value.items() if k not in ("format", "base_digest", "blocks", "depth", "widths")}
+    digest, depths = str(value.get("base_digest")), _read_depths(value.get("depth"), architecture.depth, file)
+    tensors = folder / "selection.safetensors"
+    if "widths" not in value:
+        if any(choice.metric is None for choice in depths.values()):
+            raise BadInput(f"{file}: lacks the metric of a depth; select again")
+        return Selection(digest, depths, _read_blocks(tensors, architecture), facts)
+    masks = read_masks(tensors, architecture, _read_widths(value["widths"], file))
+    return Selection(digest, depths, (), facts, masks)
+
+
+def _read_widths(value: Any, file: Path) -> list[Fraction]:
+    """The widths of masks: below 1, descending."""
+    try:
+        widths = [parse_width(str(width)) for width in value]
+        if widths != sorted(set(widths), reverse=True) or 1 in widths:
+            raise ValueError
+    except (TypeError, ValueError, BadInput):
+        raise BadInput(f"{file}: its 'widths' must be ratios below 1, the widest first; import it again") from None
+    return widths

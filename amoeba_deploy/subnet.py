@@ -88,6 +88,8 @@ class Subnet:
         return self.wishes.precision or ""
 
     def _steps(self) -> Steps:
+        if self.checkpoint.selection.masks is not None and self.wishes.multiple is not None:
+            raise BadInput(f"{self.checkpoint.path}: its masks say which neurons are kept; leave out --multiple")
         multiple = self.wishes.multiple or self.checkpoint.multiple
         sizes = self.checkpoint.architecture
         if self.takes is None:

@@ -80,8 +80,8 @@ def change(file: Path, edit: Callable[[Any], object]) -> None:
 
 
 COMMANDS = (
-    "devices", "select", "checkpoint create", "checkpoint show", "checkpoint verify", "extract", "evaluate", "run",
-    "profile", "search", "export", "bundle verify",
+    "devices", "select", "checkpoint create", "checkpoint import", "checkpoint show", "checkpoint verify", "extract",
+    "evaluate", "run", "profile", "search", "export", "bundle verify",
 )  # fmt: skip
 
 

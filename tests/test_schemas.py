@@ -14,6 +14,7 @@ import pytest
 from click.testing import CliRunner
 from conftest import QUIET, save_random_model
 from jsonschema import Draft202012Validator, ValidationError
+from released import make_released
 
 from amoeba_deploy.calibration import read_calibration
 from amoeba_deploy.checkpoint import create_checkpoint
@@ -117,10 +118,17 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, A
     amoeba("export", checkpoint, *here, *which, *short, "-o", root / "here", "--quiet")
     there = ("--device", "orin-nx", "--memory", "8GB", "--flow", "onnx", "--precision", "int4", "--no-verify")
     amoeba("export", checkpoint, *there, "--context", 96, *short, "-o", root / "there", "--quiet")
+    base = save_random_model(root / "base", "llama", num_key_value_heads=6)
+    source = make_released(base).write(root / "released")
+    amoeba("checkpoint", "import", source, "--base", root / "base", "-o", root / "imported", "--quiet")
+    amoeba("extract", root / "imported", "--shape", "3x0.75", "-o", root / "masked", "--quiet")
     return {
         "selection": read(root / "selection" / "selection.json"),
         "selection:questions": read(root / "asked" / "selection.json"),
         "selection:sublayers": read(root / "apart" / "selection.json"),
+        "selection:imported": read(root / "imported" / "selection.json"),
+        "checkpoint:imported": read(root / "imported" / "amoeba.json"),
+        "subnet:imported": read(root / "masked" / "subnet.json"),
         "checkpoint": read(checkpoint / "amoeba.json"),
         "quality": read(checkpoint / "quality.json"),
         "plan": json.loads(plan),
@@ -162,6 +170,11 @@ DAMAGE: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
     "a data set without its split": ("selection", lambda d: d["calibration"].update(dataset="x/y", config="z")),
     "width data without a digest": ("selection", lambda d: d.update(width_calibration={"source": "a", "samples": 1})),
     "a short digest": ("selection", lambda d: d.update(base_digest="sha256:12")),
+    "masks without their file": ("selection:imported", lambda d: d.pop("imported")),
+    "masks of the full width": ("selection:imported", lambda d: d["widths"].insert(0, 1.0)),
+    "masks and scores": ("selection:imported", lambda d: d.update(width_method="flap")),
+    "a file without masks": ("selection:imported", lambda d: d.pop("widths")),
+    "no metric where one was measured": ("selection", lambda d: d["depth"]["3"].update(metric=None)),
     "adapters": ("checkpoint", lambda d: d.update(adapters="smol.safetensors")),
     "no multiple of neurons": ("checkpoint", lambda d: d.update(multiple=0)),
     "a width above 1": ("checkpoint", lambda d: d["widths"].append(1.5)),
@@ -259,7 +272,7 @@ def test_another_format_version_is_refused(name: str, documents: dict[str, dict[
 
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_every_entry_is_needed(name: str, documents: dict[str, dict[str, Any]]) -> None:
-    for entry in SCHEMAS[name]["required"]:
+    for entry in SCHEMAS[name]["required"] + SCHEMAS[name].get("else", {}).get("required", []):
         with pytest.raises(ValidationError, match=f"'{entry}' is a required property"):
             check(name, {key: value for key, value in documents[name].items() if key != entry})
 

@@ -82,6 +82,7 @@ def profile_to(
     if output is not None and output.exists() and not force:
         raise BadInput(f"{output}: exists already; choose another output or add --force to replace it")
     checkpoint.require_whole_blocks()
+    checkpoint.require_scores()
     pairs = ready_combinations(flows, precisions)
     positions = workload.context_for(checkpoint.architecture.context, context)
     wanted = shapes_named(checkpoint, shapes)
