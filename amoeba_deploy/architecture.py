@@ -77,7 +77,7 @@ class Architecture:
     """RMS norms over the hidden size in a block."""
     head_rule: HeadRule = "any"
     """How many heads a subnet may keep: any groups, those whose query heads divide the hidden size, or ``all``, because
-    norms span all query or key heads together; ``qk_norm`` then means those."""
+    norms span all query or key heads together (``qk_norm`` then means those) or the stock class takes no other."""
     scales: Scales = Scales()
     traits: tuple[str, ...] = ()
     """What its forward pass does beyond the common block, by name; an engine that does not know one refuses."""

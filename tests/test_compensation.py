@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import random_selection
+from conftest import keep_layers, random_selection
 from test_families import IDS, mask, relative_error
 
 from amoeba_deploy.blocks import ResidentBlocks
@@ -52,8 +52,7 @@ def logits_at_means(model: ModelFolder, selection: Selection, plan: Plan) -> tor
         heads, neurons = mask(block.heads, sizes.heads, sizes.head_dim), mask(block.neurons, sizes.neurons)
         layer.self_attn.o_proj.register_forward_pre_hook(replace(heads, scores.o_proj_mean))
         layer.mlp.down_proj.register_forward_pre_hook(replace(neurons, scores.down_proj_mean))
-    reference.model.layers = torch.nn.ModuleList(layers[i] for i in plan.kept_blocks)
-    reference.config.num_hidden_layers = len(plan.blocks)
+    keep_layers(reference, plan.kept_blocks)
     return logits_of(reference, IDS)
 
 
