@@ -82,7 +82,7 @@ def _no_lists(_config: dict[str, Any]) -> dict[str, list[Any]]:
 
 
 def window_in_use(config: dict[str, Any]) -> int | None:
-    """The sliding window in positions where ``layer_types`` gives it to any block and it is shorter than the context."""
+    """The sliding window in positions, where ``layer_types`` gives any block one that is shorter than the context."""
     window, context = config.get("sliding_window"), config["max_position_embeddings"]
     used = "sliding_attention" in config["layer_types"][: config["num_hidden_layers"]]
     return int(window) if used and window is not None and window < context else None
@@ -112,10 +112,10 @@ class Family:
     layer_lists: Callable[[dict[str, Any]], dict[str, list[Any]]] = _no_lists
     """The lists with one entry a block that its class makes for a full config, defaults filled in, that has none."""
     spell_rope: Callable[[dict[str, Any], Architecture], None] = _spell_rope_twice
-    """Writes a subnet's rotary settings, for transformers 4 and 5, into a config (in place) that has the full model's."""
+    """Writes a subnet's rotary settings, for transformers 4 and 5, over the full model's in a config (in place)."""
 
     def completed(self, config: dict[str, Any]) -> dict[str, Any]:
-        """A config with all that its class assumes where it says nothing: defaults, and lists with one entry a block."""
+        """A config with what its class assumes where it says nothing: defaults, and lists with one entry a block."""
         said = {key: value for key, value in config.items() if value is not None or key in _NULL_MEANS_NONE}
         if "num_key_value_heads" in config and config["num_key_value_heads"] is None:
             said["num_key_value_heads"] = config.get("num_attention_heads")

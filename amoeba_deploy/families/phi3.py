@@ -25,12 +25,11 @@ def _rope(config: dict[str, Any]) -> Rope:
 
 
 def _flags(config: dict[str, Any]) -> dict[str, Any]:
-    rope, window = _rope(config), config.get("sliding_window")
-    used = window is not None and window < config["max_position_embeddings"]
+    rope, window, context = _rope(config), config.get("sliding_window"), config["max_position_embeddings"]
     partial = rope.setting("partial_rotary_factor") != 1
     return {
         "rope": rope,
-        "sliding_window": int(window) if used else None,
+        "sliding_window": int(window) if window is not None and window < context else None,
         "head_rule": "all" if rope.kind == "longrope" else "any",
         "traits": ("fused query, key and value matrix", *(["partial rotary turn"] if partial else [])),
     }
