@@ -596,6 +596,45 @@ def test_blocks_read_from_disk_give_the_same_selection_bit_for_bit(
     assert same(here, chosen(small, width_method=width_method, offload=True, state_memory=10**5, **changes))
 
 
+@pytest.fixture(scope="module")
+def reading(tmp_path_factory: pytest.TempPathFactory, demo: Checkpoint) -> Callable[[str], ModelFolder]:
+    """Models by their name in ``MODELS`` that read text."""
+    root = tmp_path_factory.mktemp("reading")
+
+    def get(name: str) -> ModelFolder:
+        family, changes = MODELS[name]
+        if not (root / name).is_dir():
+            save_random_model(root / name, family, **(changes | {"vocab_size": 1024}))
+            shutil.copy(demo.model.path / "tokenizer.json", root / name)
+        return ModelFolder(root / name)
+
+    return get
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"width_method": "taylor", "units": "sublayer"},
+        {"width_method": "wanda", "depth_method": "shortened-taylor"},
+        {"width_method": "magnitude", "depth_method": "angular"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["granite", "gemma3-capped", "phi3-partial", "smollm3-biases", "olmo2"])
+def test_every_family_is_selected_by_every_method_and_from_disk_bit_for_bit(
+    name: str, changes: dict[str, Any], reading: Callable[[str], ModelFolder]
+) -> None:
+    model = reading(name)
+    here = chosen(model, sequence=16, **changes)
+    assert sorted(here.depths) == [1, 2, 3, 4]
+    assert same(here, chosen(model, sequence=16, offload=True, state_memory=10**5, **changes))
+
+
+def test_rows_that_are_longer_than_a_blocks_window_are_refused(reading: Callable[[str], ModelFolder]) -> None:
+    with pytest.raises(BadInput, match="--sequence 17 exceeds the 16 positions"):
+        chosen(reading("gemma2"), sequence=17)
+
+
 def saved_tables(tmp_path: Path) -> list[Path]:
     """Tables of unfinished runs in the test's own cache."""
     return list((tmp_path / "cache" / "select").glob("*"))

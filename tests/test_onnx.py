@@ -23,6 +23,7 @@ from amoeba_deploy.errors import BadInput, ToolchainMissing, VerificationFailed
 from amoeba_deploy.extraction import extract
 from amoeba_deploy.model_folder import ModelFolder
 from amoeba_deploy.plan import Plan, block_plan
+from amoeba_deploy.quality_measurement import measured_precisions
 from amoeba_deploy.shape import Shape
 from amoeba_deploy.tensors import read_header
 from amoeba_deploy.verification import verify_artefact
@@ -79,6 +80,16 @@ def test_every_part_of_a_family_that_is_beyond_the_graph_is_enough_to_refuse(
         sizes = replace(models(name).architecture, sliding_window=None)
         for trait in set(sizes.traits) - {"scales"}:
             assert trait in str(ONNX.refusal(replace(sizes, traits=(trait,)), "fp32", CONTEXT))
+
+
+def test_quality_is_measured_in_the_precisions_that_a_model_can_have(models: Callable[[str], ModelFolder]) -> None:
+    said: list[str] = []
+    assert measured_precisions(models("gemma2").architecture, said.append) == ("fp32",)
+    assert [line.split(":")[0] for line in said] == [
+        "no quality is measured in int8",
+        "no quality is measured in int4",
+    ]
+    assert measured_precisions(models("granite").architecture, said.append) == ("fp32", "int8", "int4")
 
 
 def test_smollm3_without_blocks_that_do_not_rotate_is_a_llama_to_the_graph(tmp_path: Path) -> None:
