@@ -49,6 +49,5 @@ FAMILY = Family(
     _DEFAULTS,
     rewrite=_rewrite,
     compensated="smollm3",
-    class_name="SmolLM3ForCausalLM",
     layer_lists=_layer_lists,
 )
