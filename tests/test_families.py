@@ -19,6 +19,7 @@ import torch
 from conftest import BASE, MODELS, keep_layers, random_selection, save_random_model
 from transformers import AutoModelForCausalLM
 
+from amoeba_deploy.backends import load_backend
 from amoeba_deploy.errors import BadInput
 from amoeba_deploy.extraction import extract
 from amoeba_deploy.families import families, family_of, read_architecture
@@ -270,6 +271,7 @@ def test_a_long_rope_is_spelled_as_transformers_4_takes_it(
 
     model = models("phi3-long")
     old = edited_config(model, tmp_path / "old", older)
+    assert old.architecture == model.architecture
     for each, name in ((model, "new-subnet"), (old, "old-subnet")):
         config, _ = extracted(each, tmp_path / name)
         assert config["rope_scaling"].keys() == {"type", "short_factor", "long_factor"}
@@ -278,6 +280,12 @@ def test_a_long_rope_is_spelled_as_transformers_4_takes_it(
     # What the first releases call it, transformers 5 no longer loads; subnets have today's name.
     scaling = old.config["rope_scaling"]
     assert read_architecture(old.config | {"rope_scaling": scaling | {"type": "su"}}) == old.architecture
+
+
+def test_a_cache_across_the_limit_of_a_long_rope_is_refused(models: Callable[[str], ModelFolder]) -> None:
+    sizes = models("phi3-long").architecture
+    assert load_backend("torch").refusal(sizes, "fp32", 22) is None
+    assert "ask for --context 22 or less" in str(load_backend("torch").refusal(sizes, "fp32", 23))
 
 
 def test_a_factor_beside_the_rotary_settings_is_read_as_one_among_them() -> None:

@@ -17,11 +17,13 @@ _OTHER_NAMES = {"su": "longrope", "yarn": "longrope"}
 
 
 def _rope(config: dict[str, Any]) -> Rope:
-    """Rotary settings with the partial factor among them, one where nothing is said."""
+    """Rotary settings with what stands beside them in the config: the partial factor, and where long factors begin."""
     rope = rope_from_config(config)
-    partial = {"partial_rotary_factor": config.get("partial_rotary_factor", 1.0)}
     kind = _OTHER_NAMES.get(rope.kind, rope.kind)
-    return Rope(rope.theta, kind, tuple(sorted((partial | dict(rope.settings)).items())))
+    settings = {"partial_rotary_factor": config.get("partial_rotary_factor", 1.0)} | dict(rope.settings)
+    if kind == "longrope":
+        settings["original_max_position_embeddings"] = config["original_max_position_embeddings"]
+    return Rope(rope.theta, kind, tuple(sorted(settings.items())))
 
 
 def _flags(config: dict[str, Any]) -> dict[str, Any]:
@@ -67,5 +69,5 @@ def _spell_rope(config: dict[str, Any], subnet: Architecture) -> None:
     config["rope_scaling"] = None if rope.kind == "default" else {"type": rope.kind, **settings}
 
 
-_DEFAULTS = {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
+_DEFAULTS = {"max_position_embeddings": 4096, "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
 FAMILY = Family("phi3", _flags, _DEFAULTS, tensors=_tensors, fused=_FUSED, spell_rope=_spell_rope)
