@@ -77,7 +77,7 @@ class Architecture:
     """RMS norms over the hidden size in a block."""
     head_rule: HeadRule = "any"
     """How many heads a subnet may keep: any groups, those whose query heads divide the hidden size, or ``all``, because
-    norms span all query or key heads together; ``qk_norm`` then means those."""
+    norms span all query or key heads together (``qk_norm`` then means those) or the stock class takes no other."""
     scales: Scales = Scales()
     traits: tuple[str, ...] = ()
     """What its forward pass does beyond the common block, by name; an engine that does not know one refuses."""
@@ -153,7 +153,14 @@ def rope_from_config(config: dict[str, Any]) -> Rope:
     theta = scaling.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
     old_kind = scaling.pop("type", None)
     kind = scaling.pop("rope_type", None) or old_kind or "default"
-    return Rope(float(theta), str(kind), tuple(sorted(scaling.items())))
+    return Rope(float(theta), str(kind), tuple(sorted((name, _frozen(value)) for name, value in scaling.items())))
+
+
+def _frozen(value: Any) -> Any:
+    """A setting that can be compared and hashed: lists as tuples, objects as their sorted pairs."""
+    if isinstance(value, dict):
+        return tuple(sorted((name, _frozen(inner)) for name, inner in value.items()))
+    return tuple(_frozen(inner) for inner in value) if isinstance(value, list) else value
 
 
 def positive(config: dict[str, Any], key: str, default: int | None = None) -> int:

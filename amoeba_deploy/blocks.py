@@ -1,27 +1,37 @@
 """The blocks of a model, run one at a time: all in memory, or each read from disk when it is its turn.
 
 Both kinds run the layers of stock transformers, in float32, over whole rows and without a cache. What stage 1 needs of
-a model is small: hidden states from token ids, one block applied to them, and log-probabilities at their end.
+a model is small: hidden states from token ids, one block applied to them, and log-probabilities at their end. Nothing
+here knows a family: what one does around its layers is taken from its own forward pass (stand_ins.py).
 
 A *unit* is what can be removed: a block, or a sublayer, which is a block's attention (even units) or its feed-forward
-(odd units), each with the norm in front of it and the sum behind it.
+(odd units), each with its norms and the sum behind it. A sublayer runs as its block with zeros in the place of the
+other one, which a norm or a factor leaves zeros.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
 
 from amoeba_deploy.calibration import Batch
 from amoeba_deploy.lanes import Lanes
 from amoeba_deploy.model_folder import ModelFolder, load_torch_model
+from amoeba_deploy.tensors import as_float32
 
 if TYPE_CHECKING:
     import torch
 
 Units = Literal["block", "sublayer"]
 _PREDICTIONS_AT_ONCE = 1024
+Keywords = list[dict[str, Any]]
+"""For each layer what it is called with beside hidden states."""
+Head = Callable[["torch.Tensor"], "torch.Tensor"]
+"""Logits [n, vocabulary] from the last block's states [n, hidden]."""
 
 
 class Blocks(Protocol):
@@ -40,20 +50,13 @@ class Blocks(Protocol):
         """A decoder layer; the one given before may become invalid."""
         ...
 
-    def rotary(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines [1, length, head size]."""
+    def keywords(self, length: int) -> Keywords:
+        """What each layer is called with for rows of so many tokens. Not for several threads at once."""
         ...
 
-    def head(self) -> tuple[Any, torch.Tensor]:
-        """The final norm, and the output matrix [vocabulary, hidden]."""
+    def head(self) -> Head:
+        """What turns the last block's states into logits."""
         ...
-
-
-def _rotary(module: Any, length: int, hidden: int) -> tuple[torch.Tensor, torch.Tensor]:
-    import torch
-
-    cosines, sines = module(torch.empty(1, length, hidden), torch.arange(length)[None])
-    return cosines, sines
 
 
 class ResidentBlocks:
@@ -67,17 +70,22 @@ class ResidentBlocks:
         self.hidden = int(model.config.hidden_size)
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = self.model.model.embed_tokens(ids)
-        return found
+        from amoeba_deploy.stand_ins import front
+
+        return front(self.model, self.model.model.embed_tokens, ids)
 
     def block(self, index: int) -> Any:
         return self.model.model.layers[index]
 
-    def rotary(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return _rotary(self.model.model.rotary_emb, length, self.hidden)
+    def keywords(self, length: int) -> Keywords:
+        from amoeba_deploy.stand_ins import layer_keywords
 
-    def head(self) -> tuple[Any, torch.Tensor]:
-        return self.model.model.norm, self.model.lm_head.weight
+        return layer_keywords(self.model, length)
+
+    def head(self) -> Head:
+        from amoeba_deploy.stand_ins import logits_of
+
+        return logits_of(self.model, self.model.model.norm, self.model.lm_head)
 
 
 class StreamedBlocks:
@@ -89,12 +97,14 @@ class StreamedBlocks:
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
 
+        from amoeba_deploy.stand_ins import outline
+
         self.folder = folder
         self.depth, self.hidden = folder.architecture.depth, folder.architecture.hidden
         config = AutoConfig.from_pretrained(folder.path, local_files_only=True)
         with torch.device("meta"):
             self.skeleton = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-        self.rotary_module = type(self.skeleton.model.rotary_emb)(config)
+        self.outline = outline(self.skeleton)
         self._loaded: tuple[int, Any] | None = None
 
     def _tensor(self, name: str) -> torch.Tensor:
@@ -106,11 +116,14 @@ class StreamedBlocks:
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         import torch
 
-        from amoeba_deploy.tensors import as_float32
+        from amoeba_deploy.stand_ins import front, with_weight
 
         name = "model.embed_tokens.weight"
-        rows = self.folder.tensors.raw(name)[ids.numpy()]
-        return torch.from_numpy(as_float32(rows, self.folder.tensors.info(name).dtype))
+        numbers, places = np.unique(ids.numpy(), return_inverse=True)
+        rows = as_float32(self.folder.tensors.raw(name)[numbers], self.folder.tensors.info(name).dtype)
+        # The rows that are needed, under numbers of their own.
+        embedding = with_weight(self.outline.model.embed_tokens, torch.from_numpy(rows))
+        return front(self.outline, embedding, torch.from_numpy(places.reshape(ids.shape)))
 
     def block(self, index: int) -> Any:
         if self._loaded is None or self._loaded[0] != index:
@@ -123,16 +136,18 @@ class StreamedBlocks:
             self._loaded = index, layer
         return self._loaded[1]
 
-    def rotary(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return _rotary(self.rotary_module, length, self.hidden)
+    def keywords(self, length: int) -> Keywords:
+        from amoeba_deploy.stand_ins import layer_keywords
 
-    def head(self) -> tuple[Any, torch.Tensor]:
+        return layer_keywords(self.outline, length)
+
+    def head(self) -> Head:
+        from amoeba_deploy.stand_ins import logits_of, with_weight
+
         self._loaded = None
-        norm = copy.deepcopy(self.skeleton.model.norm)
-        norm.load_state_dict({"weight": self._tensor("model.norm.weight")}, assign=True)
-        norm.requires_grad_(False)
-        tied = self.folder.architecture.tied
-        return norm, self._tensor("model.embed_tokens.weight" if tied else "lm_head.weight")
+        norm = with_weight(self.outline.model.norm, self._tensor("model.norm.weight"))
+        table = "model.embed_tokens.weight" if self.folder.architecture.tied else "lm_head.weight"
+        return logits_of(self.outline, norm, with_weight(self.outline.lm_head, self._tensor(table)))
 
 
 def open_blocks(folder: ModelFolder, offload: bool) -> Blocks:
@@ -145,17 +160,19 @@ UNITS_A_BLOCK: dict[Units, int] = {"block": 1, "sublayer": 2}
 
 
 class Forward:
-    """Runs units over hidden states, a batch a lane; rotary angles are kept by length."""
+    """Runs units over hidden states, a batch a lane; what layers are called with is kept by length."""
 
     def __init__(self, blocks: Blocks, units: Units = "block", lanes: Lanes | None = None) -> None:
         self.blocks, self.units, self.lanes = blocks, units, lanes or Lanes()
         self.count = blocks.depth * UNITS_A_BLOCK[units]
-        self._rotary: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._keywords: dict[int, Keywords] = {}
+        self._making = threading.Lock()
 
-    def _angles(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        if length not in self._rotary:
-            self._rotary[length] = self.blocks.rotary(length)
-        return self._rotary[length]
+    def _keywords_of(self, index: int, length: int) -> dict[str, Any]:
+        with self._making:
+            if length not in self._keywords:
+                self._keywords[length] = self.blocks.keywords(length)
+        return self._keywords[length][index]
 
     def embed_all(self, batches: Sequence[Batch]) -> list[torch.Tensor]:
         """Hidden states [rows, length, hidden] of batches in front of the first unit."""
@@ -171,38 +188,32 @@ class Forward:
         return self.lanes.map(lambda state: self.run(unit, state), states)
 
     def log_likelihood_all(
-        self, head: tuple[Any, torch.Tensor], batches: Sequence[Batch], states: Sequence[torch.Tensor]
+        self, head: Head, batches: Sequence[Batch], states: Sequence[torch.Tensor]
     ) -> list[torch.Tensor]:
         """``log_likelihood`` for several batches, without gradients."""
         return self.lanes.map(lambda batch, state: self.log_likelihood(head, batch, state), batches, states)
 
     def run(self, unit: int, states: torch.Tensor) -> torch.Tensor:
         """Hidden states [rows, length, hidden] behind a unit from those in front of it."""
-        layer = self.blocks.block(unit // UNITS_A_BLOCK[self.units])
-        angles = self._angles(states.shape[1])
-        if self.units == "block":
-            output = layer(states, attention_mask=None, position_embeddings=angles)
-        elif unit % 2 == 0:
-            inner = layer.input_layernorm(states)
-            output = states + layer.self_attn(inner, position_embeddings=angles, attention_mask=None)[0]
-        else:
-            output = states + layer.mlp(layer.post_attention_layernorm(states))
+        from amoeba_deploy.stand_ins import sublayer
+
+        index = unit // UNITS_A_BLOCK[self.units]
+        layer = self.blocks.block(index)
+        if self.units == "sublayer":
+            layer = sublayer(layer, attention=unit % 2 == 0)
+        output = layer(states, **self._keywords_of(index, states.shape[1]))
         found: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return found
 
-    def log_likelihood(self, head: tuple[Any, torch.Tensor], batch: Batch, states: torch.Tensor) -> torch.Tensor:
+    def log_likelihood(self, head: Head, batch: Batch, states: torch.Tensor) -> torch.Tensor:
         """float32 log-probability [k] of every wanted token of a batch, from the last block's states."""
         import torch
 
-        norm, matrix = head
         picked = states.flatten(0, 1).index_select(0, batch.places)
         size = _PREDICTIONS_AT_ONCE
         parts = zip(torch.split(picked, size), torch.split(batch.wanted, size), strict=True)
         return torch.cat(
-            [
-                -torch.nn.functional.cross_entropy(norm(part) @ matrix.T, wanted, reduction="none")
-                for part, wanted in parts
-            ]
+            [-torch.nn.functional.cross_entropy(head(part), wanted, reduction="none") for part, wanted in parts]
         )
 
 

@@ -164,6 +164,12 @@ def check_plan(model: ModelFolder, plan: Plan) -> None:
     last = max(block.index for block in plan.blocks)
     if last >= sizes.depth or plan.shape.depth > sizes.depth:
         raise BadInput(f"the plan keeps block {max(last, plan.shape.depth - 1)}; the model has {sizes.depth} blocks")
+    cut = [block.index for block in plan.blocks if 0 < len(block.kv_heads) < sizes.kv_heads]
+    if sizes.head_rule == "all" and cut:
+        raise BadInput(
+            f"the plan keeps some of the heads of block {cut[0]}; from this {sizes.family} only blocks, whole "
+            f"sublayers and neurons can be removed"
+        )
     if not all(plan.widest):
         missing = "attention" if not plan.widest[0] else "feed-forward"
         raise BadInput(f"the plan of {plan.shape} keeps no {missing} in any block, which no class holds; keep more")

@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from amoeba_deploy.architecture import Architecture
 from amoeba_deploy.blocks import Blocks, Forward, chunks
 from amoeba_deploy.calibration import Batch
+from amoeba_deploy.families import family_of
 from amoeba_deploy.importance import MATRICES, unit_sums
 from amoeba_deploy.moments import Vector
 from amoeba_deploy.states import BoundaryStates
@@ -40,13 +42,14 @@ def _head_gradients(
     return found
 
 
-def _matrices(layer: Any) -> dict[str, torch.nn.Parameter]:
-    return {name: layer.get_submodule(name).weight for name in MATRICES}
+def _matrices(layer: Any, names: Sequence[str]) -> dict[str, torch.nn.Parameter]:
+    return {name: layer.get_parameter(name) for name in names}
 
 
 def _block_gradients(
     forward: Forward,
     index: int,
+    names: Sequence[str],
     inputs: Sequence[torch.Tensor],
     upstream: Sequence[torch.Tensor],
     gradients: dict[str, torch.Tensor],
@@ -54,7 +57,7 @@ def _block_gradients(
     """Adds one block's weight gradients to ``gradients``; returns those at its input."""
     import torch
 
-    weights = _matrices(forward.blocks.block(index))
+    weights = _matrices(forward.blocks.block(index), names)
     for parameter in weights.values():
         parameter.requires_grad_(True)
     found = []
@@ -74,7 +77,7 @@ def _block_gradients(
 def taylor_saliences(
     blocks: Blocks,
     batches: Sequence[Batch],
-    kv_heads: int,
+    architecture: Architecture,
     memory: int,
     step: Callable[[], None] = lambda: None,
 ) -> list[tuple[Vector, Vector]]:
@@ -83,6 +86,9 @@ def taylor_saliences(
     Their sum over a block is the block's own importance (Shortened LLaMA, arXiv 2402.02834, section 3.2). Held in
     memory are one block with its gradients, the states that ``memory`` bytes allow, and one gradient a state.
     """
+    family = family_of({"model_type": architecture.family})
+    rows = {name: family.matrix_rows(architecture, name) for name in MATRICES}
+    names = sorted({tensor for tensor, _ in rows.values()})  # fewer than matrices where some are fused
     forward = Forward(blocks)
     states = BoundaryStates(forward, batches, memory)
     upstream = _head_gradients(forward, states, batches, memory)
@@ -92,9 +98,10 @@ def taylor_saliences(
         for chunk in chunks(forward, batches, memory, 2):
             inputs = states.at(index, chunk)
             part = upstream[chunk.start : chunk.stop]
-            upstream[chunk.start : chunk.stop] = _block_gradients(forward, index, inputs, part, gradients)
-        weights = _matrices(blocks.block(index))
-        salience = {name: (weights[name].detach() * gradients[name]).abs().numpy() for name in MATRICES}
-        found.append(unit_sums(salience.__getitem__, kv_heads))
+            upstream[chunk.start : chunk.stop] = _block_gradients(forward, index, names, inputs, part, gradients)
+        weights = _matrices(blocks.block(index), names)
+        whole = {name: (weights[name].detach() * gradients[name]).abs().numpy() for name in names}
+        salience = {name: whole[tensor][part] for name, (tensor, part) in rows.items()}
+        found.append(unit_sums(salience.__getitem__, architecture.kv_heads))
         step()
     return found[::-1]

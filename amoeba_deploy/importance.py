@@ -192,7 +192,7 @@ def block_scores(
     for index, block in enumerate(moments):
 
         def weight(name: str, index: int = index) -> NDArray[np.float32]:
-            return folder.tensors.float32(f"model.layers.{index}.{name}.weight")
+            return folder.block_matrix(index, name)
 
         if method == "taylor":
             assert saliences is not None

@@ -97,14 +97,10 @@ class ModelFolder:
 
     def block_matrix(self, index: int, name: str) -> NDArray[np.float32]:
         """A matrix [out, in] of the common block, such as ``mlp.gate_proj``, also where it is fused with others."""
+        tensor, rows = self.family.matrix_rows(self.architecture, name)
+        whole = f"model.layers.{index}.{tensor}"
         if name not in self.family.fused:
-            return self.tensors.float32(f"model.layers.{index}.{name}.weight")
-        tensor, place = self.family.fused[name]
-        axis = self.family.block_tensors(self.architecture)[f"{tensor}.weight"][0]
-        assert isinstance(axis, tuple)
-        begin = self.architecture.extent(axis[:place])
-        rows = slice(begin, begin + self.architecture.extent(axis[place]))
-        whole = f"model.layers.{index}.{tensor}.weight"
+            return self.tensors.float32(whole)
         return as_float32(self.tensors.raw(whole)[rows], self.tensors.info(whole).dtype)
 
     @cached_property

@@ -7,12 +7,13 @@ so the figures are those of what would ship.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from amoeba_deploy.architecture import Architecture
 from amoeba_deploy.backends import load_backend
 from amoeba_deploy.backends.backend import Engine, Ids
 from amoeba_deploy.checkpoint import Checkpoint
@@ -48,10 +49,19 @@ def engine_logits(engine: Engine) -> LogitsFunction:
     return logits
 
 
-def measured_precisions() -> tuple[str, ...]:
-    """The precisions whose quality can be measured with what is installed."""
-    ready = [p for p, flow in PRECISION_FLOWS.items() if not load_backend(flow).toolchain().missing]
-    return (REFERENCE_PRECISION, *ready)
+def measured_precisions(sizes: Architecture, say: Callable[[str], None] = lambda _: None) -> tuple[str, ...]:
+    """The precisions whose quality can be measured of a model with what is installed; ``say`` hears why not others."""
+    found = [REFERENCE_PRECISION]
+    for precision, flow in PRECISION_FLOWS.items():
+        backend = load_backend(flow)
+        if backend.toolchain().missing:
+            continue
+        refused = backend.refusal(sizes, precision, sizes.context)
+        if refused:
+            say(f"no quality is measured in {precision}: the flow '{flow}' cannot lower this model, {refused}")
+        else:
+            found.append(precision)
+    return tuple(found)
 
 
 def shape_logits(checkpoint: Checkpoint, shape: Shape, precision: str, folder: Path) -> LogitsFunction:
@@ -86,7 +96,7 @@ def measure_quality(
     length = min(sequence, sizes.context)
     rows = text_rows(text, tokenizer, length)
     asked: list[Question] = read_questions(questions) if questions else []
-    wanted = precisions or measured_precisions()
+    wanted = precisions or measured_precisions(sizes, progress.say)
     shapes = grid(sizes, checkpoint.minimum_depth, checkpoint.widths, checkpoint.multiple, checkpoint.policy)
     found = []
     with progress.bar("quality", len(shapes) * len(wanted)) as step:

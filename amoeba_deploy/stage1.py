@@ -105,7 +105,7 @@ class Stage1:
                 self._saliences[key] = taylor_saliences(
                     self.blocks,
                     calibration.text,
-                    self.model.architecture.kv_heads,
+                    self.model.architecture,
                     self.settings.state_memory,
                     step,
                 )

@@ -52,6 +52,18 @@ GRANITE_SCALES = {
     "residual_multiplier": 0.5,
     "logits_scaling": 4.0,
 }
+GEMMA: dict[str, Any] = {"query_pre_attn_scalar": 24, "sliding_window": 16}
+"""Tests feed rows of about twenty tokens, so that windows matter."""
+GEMMA3_ROPE = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 50000.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+}
+PHI3_LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0 + 0.1 * i for i in range(8)],
+    "long_factor": [1.5 + i for i in range(8)],
+}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-grouped-tied": ("llama", {}),
     "llama-grouped-untied": ("llama", {"tie_word_embeddings": False}),
@@ -66,6 +78,26 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-multihead": ("qwen3", {"num_key_value_heads": 6}),
     "granite": ("granite", GRANITE_SCALES),
     "granite-biases": ("granite", GRANITE_SCALES | {"attention_bias": True, "mlp_bias": True}),
+    "gemma2": ("gemma2", GEMMA | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0}),
+    "gemma2-uncapped": ("gemma2", GEMMA | {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
+    "gemma3": ("gemma3_text", GEMMA | {"sliding_window_pattern": 3, "rope_parameters": GEMMA3_ROPE}),
+    "gemma3-capped": ("gemma3_text", GEMMA | {"final_logit_softcapping": 5.0, "attention_bias": True}),
+    "phi3": ("phi3", {"sliding_window": None, "tie_word_embeddings": False}),
+    "phi3-partial": ("phi3", {"sliding_window": 16, "partial_rotary_factor": 0.5}),
+    "phi3-long": ("phi3", {"rope_parameters": PHI3_LONG_ROPE, "original_max_position_embeddings": 22}),
+    "smollm3": ("smollm3", {"rope_parameters": LLAMA3_ROPE}),
+    "smollm3-biases": (
+        "smollm3",
+        {
+            "attention_bias": True,
+            "mlp_bias": True,
+            "no_rope_layers": [1, 0, 1, 0],
+            "use_sliding_window": True,
+            "sliding_window": 16,
+        },
+    ),
+    "olmo2": ("olmo2", {}),
+    "olmo2-biases": ("olmo2", {"attention_bias": True, "tie_word_embeddings": False}),
 }
 """Random models by name: family, and what differs from ``BASE``."""
 
@@ -108,6 +140,15 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ModelFol
         return made[name]
 
     return get
+
+
+def keep_layers(model: Any, kept: Sequence[int]) -> None:
+    """Leave only some blocks in a stock model, each of the kind that it was."""
+    layers, kinds = model.model.layers, getattr(model.config, "layer_types", None)
+    model.model.layers = type(layers)(layers[index] for index in kept)
+    model.config.num_hidden_layers = len(kept)
+    if kinds is not None:
+        model.config.layer_types = [kinds[index] for index in kept]
 
 
 def random_selection(model: ModelFolder, seed: int = 0) -> Selection:

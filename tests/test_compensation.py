@@ -6,6 +6,7 @@ in the place of the removed channels that o_proj and down_proj read.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from fractions import Fraction
 from functools import partial
@@ -15,13 +16,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import random_selection
+from conftest import keep_layers, random_selection
 from test_families import IDS, mask, relative_error
 
 from amoeba_deploy.blocks import ResidentBlocks
 from amoeba_deploy.calibration import running_batch
 from amoeba_deploy.compensation import block_biases, compensate, removed_mean
-from amoeba_deploy.extraction import extract
+from amoeba_deploy.errors import BadInput
+from amoeba_deploy.extraction import Learnt, extract
 from amoeba_deploy.importance import activation_moments, block_scores, merge_batches
 from amoeba_deploy.model_folder import ModelFolder, load_torch_model
 from amoeba_deploy.plan import Plan, make_plan
@@ -53,9 +55,61 @@ def logits_at_means(model: ModelFolder, selection: Selection, plan: Plan) -> tor
         heads, neurons = mask(block.heads, sizes.heads, sizes.head_dim), mask(block.neurons, sizes.neurons)
         layer.self_attn.o_proj.register_forward_pre_hook(replace(heads, scores.o_proj_mean))
         layer.mlp.down_proj.register_forward_pre_hook(replace(neurons, scores.down_proj_mean))
-    reference.model.layers = torch.nn.ModuleList(layers[i] for i in plan.kept_blocks)
-    reference.config.num_hidden_layers = len(plan.blocks)
+    keep_layers(reference, plan.kept_blocks)
     return logits_of(reference, IDS)
+
+
+HELD = (
+    "llama-grouped-tied", "llama-biases", "mistral", "qwen2", "granite", "granite-biases", "smollm3", "smollm3-biases",
+)  # fmt: skip
+"""A model of each family of whose subnets a stock class holds with biases on o_proj and down_proj."""
+
+
+def learnt_of(model: ModelFolder, selection: Selection) -> Learnt:
+    return Learnt(biases=lambda block: block_biases(model, selection, block))
+
+
+@pytest.mark.parametrize("policy", ["uniform", "adaptive"])
+@pytest.mark.parametrize("name", HELD)
+def test_a_subnet_with_the_biases_written_is_the_full_model_at_the_means(
+    name: str, policy: Any, models: Models, tmp_path: Path
+) -> None:
+    model = models(name)
+    selection = random_selection(model)
+    plan = selection.plan(model.architecture, Shape(3, Fraction(2, 3), policy))
+    written = extract(model, plan, tmp_path, learnt=learnt_of(model, selection))
+    found = logits_of(load_torch_model(tmp_path), IDS)
+    assert relative_error(found, logits_at_means(model, selection, plan)) < TOLERANCE
+    tensors = ModelFolder(tmp_path).tensors.infos.values()
+    assert written.subnet.parameters == sum(math.prod(tensor.shape) for tensor in tensors)
+
+
+@pytest.mark.parametrize("name", ["granite-biases", "smollm3-biases"])
+def test_a_whole_sublayer_that_is_gone_leaves_its_mean_in_its_own_family(
+    name: str, models: Models, tmp_path: Path
+) -> None:
+    model = models(name)
+    selection = random_selection(model)
+
+    def scores(index: int) -> tuple[Any, Any]:
+        return selection.blocks[index].heads, selection.blocks[index].neurons
+
+    shape = Shape(3, Fraction(2, 3))
+    plan = make_plan(model.architecture, shape, (0, 1, 2, 3), scores, without_attention=(1,), without_feed_forward=(2,))
+    extract(model, plan, tmp_path, learnt=learnt_of(model, selection))
+    found = logits_of(load_torch_model(tmp_path), IDS)
+    assert relative_error(found, logits_at_means(model, selection, plan)) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma2", "gemma3", "phi3", "olmo2-biases"])
+def test_biases_that_no_class_holds_are_refused_with_the_way_out(name: str, models: Models, tmp_path: Path) -> None:
+    model = models(name)
+    selection = random_selection(model)
+    plan = selection.plan(model.architecture, Shape(3, Fraction(2, 3)))
+    family = model.architecture.family
+    with pytest.raises(BadInput, match=f"no stock class holds a {family} with biases on .*; derive it with --bias off"):
+        extract(model, plan, tmp_path, learnt=learnt_of(model, selection))
+    assert list(tmp_path.iterdir()) == []
 
 
 def compensated(model: ModelFolder, selection: Selection, plan: Plan, folder: Path) -> Any:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import Result
-from conftest import BASE, MODELS, QUIET, amoeba, random_selection, save_random_model
+from conftest import BASE, MODELS, QUIET, amoeba, keep_layers, random_selection, save_random_model
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
@@ -102,12 +102,14 @@ class Whole:
         self.layers = self.model.model.layers
 
     def without_blocks(self, removed: Removed, metric: Metric, batches: Sequence[Batch]) -> list[float]:
-        kept = [layer for index, layer in enumerate(self.layers) if index not in removed]
-        self.model.model.layers, self.model.config.num_hidden_layers = torch.nn.ModuleList(kept), len(kept)
+        kinds = getattr(self.model.config, "layer_types", None)
+        keep_layers(self.model, [index for index in range(len(self.layers)) if index not in removed])
         try:
             return [self._cost(metric, batch) for batch in batches]
         finally:
             self.model.model.layers, self.model.config.num_hidden_layers = self.layers, len(self.layers)
+            if kinds is not None:
+                self.model.config.layer_types = kinds
 
     def without_sublayers(self, removed: Removed, metric: Metric, batches: Sequence[Batch]) -> list[float]:
         """Each removed attention (even) or feed-forward (odd) gives zeros to the sum behind it."""
@@ -322,7 +324,14 @@ def test_every_family_costs_what_its_shrunken_model_costs(name: str, models: Cal
         assert costs == pytest.approx(whole.without_blocks(removed, "loss", batches), rel=FLOAT32)
 
 
-@pytest.mark.parametrize("name", ["llama-biases", "mistral", "qwen2", "qwen3"])
+ONE_OF_EACH = (
+    "llama-biases", "mistral", "qwen2", "qwen3", "granite-biases", "gemma2", "gemma3-capped", "phi3-partial",
+    "smollm3-biases", "olmo2-biases",
+)  # fmt: skip
+"""A model of each family, with the switches on that bring the most of it."""
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_every_familys_sublayers_cost_what_it_costs_to_zero_them(
     name: str, models: Callable[[str], ModelFolder]
 ) -> None:
@@ -402,7 +411,9 @@ def test_less_memory_costs_work_and_changes_nothing(units: Units, models: Callab
 
 
 @pytest.mark.parametrize("memory", [0, MEMORY])
-@pytest.mark.parametrize("name", ["llama-grouped-tied", "llama-grouped-untied", "llama-3-rope", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "name", ["llama-grouped-tied", "llama-grouped-untied", "llama-3-rope", "phi3-long", *ONE_OF_EACH]
+)
 def test_blocks_read_from_disk_cost_the_same_bit_for_bit(
     name: str, memory: int, models: Callable[[str], ModelFolder]
 ) -> None:
@@ -453,8 +464,9 @@ def test_of_runs_that_turn_states_alike_the_later_goes() -> None:
     assert nearest_runs(turned(0, 90, 0, 90, 0), 4, 2) == [(), (3,), (2, 3)]
 
 
-def test_angles_are_those_of_each_rows_last_token(models: Callable[[str], ModelFolder]) -> None:
-    folder, batches = models("qwen2"), random_batches()
+@pytest.mark.parametrize("name", ["qwen2", "granite", "gemma2"])
+def test_angles_are_those_of_each_rows_last_token(name: str, models: Callable[[str], ModelFolder]) -> None:
+    folder, batches = models(name), random_batches()
     model = load_torch_model(folder.path)
     wanted: list[list[torch.Tensor]] = [[] for _ in range(5)]
     for batch in batches:
@@ -501,10 +513,10 @@ def taylor_importance(folder: ModelFolder, batches: Sequence[Batch]) -> list[flo
     ]
 
 
-@pytest.mark.parametrize("name", ["llama-grouped-tied", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_shortened_taylor_takes_the_whole_models_gradients(name: str, models: Callable[[str], ModelFolder]) -> None:
     folder, batches = models(name), random_batches()
-    found = taylor_saliences(resident(folder), batches, folder.architecture.kv_heads, MEMORY)
+    found = taylor_saliences(resident(folder), batches, folder.architecture, MEMORY)
     importance = [float(heads.sum() + neurons.sum()) for heads, neurons in found]
     # Float32 gradients, summed over batches in another order.
     assert importance == pytest.approx(taylor_importance(folder, batches), rel=1e-4)
@@ -582,6 +594,45 @@ def test_blocks_read_from_disk_give_the_same_selection_bit_for_bit(
 ) -> None:
     here = chosen(small, width_method=width_method, **changes)
     assert same(here, chosen(small, width_method=width_method, offload=True, state_memory=10**5, **changes))
+
+
+@pytest.fixture(scope="module")
+def reading(tmp_path_factory: pytest.TempPathFactory, demo: Checkpoint) -> Callable[[str], ModelFolder]:
+    """Models by their name in ``MODELS`` that read text."""
+    root = tmp_path_factory.mktemp("reading")
+
+    def get(name: str) -> ModelFolder:
+        family, changes = MODELS[name]
+        if not (root / name).is_dir():
+            save_random_model(root / name, family, **(changes | {"vocab_size": 1024}))
+            shutil.copy(demo.model.path / "tokenizer.json", root / name)
+        return ModelFolder(root / name)
+
+    return get
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"width_method": "taylor", "units": "sublayer"},
+        {"width_method": "wanda", "depth_method": "shortened-taylor"},
+        {"width_method": "magnitude", "depth_method": "angular"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["granite", "gemma3-capped", "phi3-partial", "smollm3-biases", "olmo2"])
+def test_every_family_is_selected_by_every_method_and_from_disk_bit_for_bit(
+    name: str, changes: dict[str, Any], reading: Callable[[str], ModelFolder]
+) -> None:
+    model = reading(name)
+    here = chosen(model, sequence=16, **changes)
+    assert sorted(here.depths) == [1, 2, 3, 4]
+    assert same(here, chosen(model, sequence=16, offload=True, state_memory=10**5, **changes))
+
+
+def test_rows_that_are_longer_than_a_blocks_window_are_refused(reading: Callable[[str], ModelFolder]) -> None:
+    with pytest.raises(BadInput, match="--sequence 17 exceeds the 16 positions"):
+        chosen(reading("gemma2"), sequence=17)
 
 
 def saved_tables(tmp_path: Path) -> list[Path]:

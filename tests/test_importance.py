@@ -41,6 +41,10 @@ from amoeba_deploy.selection import BlockScores
 from amoeba_deploy.stage1 import Settings, Stage1
 
 MEMORY = 10**9
+FAMILIES = (
+    "llama-grouped-tied", "granite-biases", "gemma2", "gemma3-capped", "phi3-partial", "smollm3-biases", "olmo2",
+)  # fmt: skip
+"""Models that differ in what a block is."""
 Models = Callable[[str], ModelFolder]
 RNG = np.random.default_rng(7)
 ROWS = [RNG.integers(2, 128, length).tolist() for length in (20, 20, 20, 20, 5, 17, 11)]
@@ -75,17 +79,28 @@ def samples_of(model: ModelFolder, rows: Sequence[Sequence[int]] = ROWS) -> list
     return [{name: torch.cat(parts).double() for name, parts in inputs.items()} for inputs in taken]
 
 
+def matrices_of(layer: Any, value: Callable[[torch.nn.Parameter], torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A number for each weight of a layer by the matrix's name, in float64; fused matrices are taken apart."""
+    found = {name: value(p).double() for name, p in layer.named_parameters() if p.ndim == 2}
+    if "self_attn.qkv_proj.weight" in found:
+        fused, (query, key_value) = found.pop("self_attn.qkv_proj.weight"), (96, 48)
+        parts = fused.split([query, key_value, key_value])
+        found |= {f"self_attn.{name}_proj.weight": part for name, part in zip("qkv", parts, strict=True)}
+        gate, up = found.pop("mlp.gate_up_proj.weight").chunk(2)
+        found |= {"mlp.gate_proj.weight": gate, "mlp.up_proj.weight": up}
+    return {name: found[f"{name}.weight"] for name in MATRICES}
+
+
 def weights_of(model: ModelFolder, block: int) -> dict[str, torch.Tensor]:
     """A block's matrices by name, in float64."""
-    layer = stock_model(model.path).model.layers[block]
-    return {name: layer.get_submodule(name).weight.double() for name in MATRICES}
+    return matrices_of(stock_model(model.path).model.layers[block], lambda weight: weight)
 
 
 def scores_of(model: ModelFolder, method: WidthMethod) -> tuple[BlockScores, ...]:
     blocks = resident(model)
     saliences = None
     if method == "taylor":
-        saliences = taylor_saliences(blocks, BATCHES, model.architecture.kv_heads, MEMORY)
+        saliences = taylor_saliences(blocks, BATCHES, model.architecture, MEMORY)
     return block_scores(model, method, merge_batches(activation_moments(blocks, BATCHES, MEMORY)), saliences)
 
 
@@ -160,7 +175,7 @@ def test_padding_of_question_rows_does_not_count(models: Models) -> None:
             assert moments.variance == pytest.approx(wanted.var(dim=0, correction=0).numpy(), rel=1e-4, abs=1e-8)
 
 
-@pytest.mark.parametrize("name", ["llama-grouped-tied", "llama-multihead", "qwen3"])
+@pytest.mark.parametrize("name", [*FAMILIES, "llama-multihead", "qwen3"])
 def test_flap_by_hand(name: str, models: Models) -> None:
     model = models(name)
     found = scores_of(model, "flap")
@@ -183,8 +198,9 @@ def test_every_method_keeps_the_means_of_activations(method: WidthMethod, models
         assert scores.down_proj_mean == pytest.approx(samples["down"].mean(dim=0).numpy(), rel=1e-4, abs=1e-6)
 
 
-def test_wanda_by_hand(models: Models) -> None:
-    model = models("llama-grouped-tied")
+@pytest.mark.parametrize("name", ["llama-grouped-tied", "gemma3", "phi3"])
+def test_wanda_by_hand(name: str, models: Models) -> None:
+    model = models(name)
     found = scores_of(model, "wanda")
     for index, samples in enumerate(samples_of(model)):
         weights = weights_of(model, index)
@@ -196,8 +212,9 @@ def test_wanda_by_hand(models: Models) -> None:
         assert found[index].neurons == pytest.approx(standard(down).numpy(), rel=1e-3, abs=1e-4)
 
 
-def test_magnitude_by_hand(models: Models) -> None:
-    model = models("llama-grouped-tied")
+@pytest.mark.parametrize("name", ["llama-grouped-tied", "phi3"])
+def test_magnitude_by_hand(name: str, models: Models) -> None:
+    model = models(name)
     for index, found in enumerate(scores_of(model, "magnitude")):
         squares = {name: weight**2 for name, weight in weights_of(model, index).items()}
         groups, neurons = unit_parts(squares, model.architecture)
@@ -210,7 +227,7 @@ def test_magnitude_by_hand(models: Models) -> None:
 def saliences(models: Models) -> list[tuple[Vector, Vector]]:
     """Taylor saliences of the grouped-query Llama, all in memory."""
     model = models("llama-grouped-tied")
-    return taylor_saliences(resident(model), BATCHES, model.architecture.kv_heads, MEMORY)
+    return taylor_saliences(resident(model), BATCHES, model.architecture, MEMORY)
 
 
 def whole_model_saliences(model: ModelFolder) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -223,14 +240,16 @@ def whole_model_saliences(model: ModelFolder) -> list[tuple[torch.Tensor, torch.
     torch.autograd.backward(torch.stack(losses).sum() / sum(len(row) - 1 for row in ROWS))
     found = []
     for layer in stock.model.layers:
-        matrices = {name: layer.get_submodule(name).weight for name in MATRICES}
-        values = {name: (weight.detach() * weight.grad).double().abs() for name, weight in matrices.items()}
+        values = matrices_of(layer, lambda weight: (weight.detach() * weight.grad).abs())
         found.append(unit_parts(values, model.architecture))
     return found
 
 
-def test_taylor_by_the_gradient_of_the_whole_model(models: Models, saliences: list[tuple[Vector, Vector]]) -> None:
-    for found, wanted in zip(saliences, whole_model_saliences(models("llama-grouped-tied")), strict=True):
+@pytest.mark.parametrize("name", FAMILIES)
+def test_taylor_by_the_gradient_of_the_whole_model(name: str, models: Models) -> None:
+    model = models(name)
+    saliences = taylor_saliences(resident(model), BATCHES, model.architecture, MEMORY)
+    for found, wanted in zip(saliences, whole_model_saliences(model), strict=True):
         for sums, reference in zip(found, wanted, strict=True):
             # Float32 gradients through four blocks, added up over other batches: small entries of a gradient keep
             # fewer digits than large ones.
@@ -251,7 +270,7 @@ def test_taylor_is_the_same_from_memory_and_from_disk_and_when_states_are_made_a
 ) -> None:
     model = models("llama-grouped-tied")
     blocks = StreamedBlocks(model) if kind == "streamed" else resident(model)
-    found = taylor_saliences(blocks, BATCHES, model.architecture.kv_heads, memory)
+    found = taylor_saliences(blocks, BATCHES, model.architecture, memory)
     for (groups, neurons), (wanted_groups, wanted_neurons) in zip(found, saliences, strict=True):
         assert groups.tolist() == wanted_groups.tolist()
         assert neurons.tolist() == wanted_neurons.tolist()

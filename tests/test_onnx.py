@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from amoeba_deploy.errors import BadInput, ToolchainMissing, VerificationFailed
 from amoeba_deploy.extraction import extract
 from amoeba_deploy.model_folder import ModelFolder
 from amoeba_deploy.plan import Plan, block_plan
+from amoeba_deploy.quality_measurement import measured_precisions
 from amoeba_deploy.shape import Shape
 from amoeba_deploy.tensors import read_header
 from amoeba_deploy.verification import verify_artefact
@@ -43,8 +45,61 @@ def fed(engine: Engine, ids: Ids, first: int) -> np.ndarray:
     return np.concatenate(parts, axis=1)
 
 
+REFUSED = {
+    "gemma2": "norm behind each sublayer",
+    "gemma2-uncapped": "norm behind each sublayer",
+    "gemma3": "norm behind each sublayer",
+    "gemma3-capped": "norm behind each sublayer",
+    "phi3": "fused query, key and value matrix",
+    "phi3-partial": "fused query, key and value matrix",
+    "phi3-long": "fused query, key and value matrix",
+    "smollm3": "attention without rotary positions",
+    "smollm3-biases": "attention without rotary positions",
+    "olmo2": "norm behind each sublayer",
+    "olmo2-biases": "norm behind each sublayer",
+}
+"""Models with something that the graph does not compute."""
+
+
 @pytest.mark.parametrize("precision", ONNX.precisions())
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_the_graph_does_not_compute_is_refused_by_name(
+    name: str, precision: str, models: Callable[[str], ModelFolder], tmp_path: Path
+) -> None:
+    model = models(name)
+    context = model.architecture.sliding_window or CONTEXT
+    with pytest.raises(BadInput, match=f"its {REFUSED[name]} is not something that this graph computes"):
+        ONNX.lower(model, tmp_path, precision, context)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_part_of_a_family_that_is_beyond_the_graph_is_enough_to_refuse(
+    models: Callable[[str], ModelFolder],
+) -> None:
+    for name in REFUSED:
+        sizes = replace(models(name).architecture, sliding_window=None)
+        for trait in set(sizes.traits) - {"scales"}:
+            assert trait in str(ONNX.refusal(replace(sizes, traits=(trait,)), "fp32", CONTEXT))
+
+
+def test_quality_is_measured_in_the_precisions_that_a_model_can_have(models: Callable[[str], ModelFolder]) -> None:
+    said: list[str] = []
+    assert measured_precisions(models("gemma2").architecture, said.append) == ("fp32",)
+    assert [line.split(":")[0] for line in said] == [
+        "no quality is measured in int8",
+        "no quality is measured in int4",
+    ]
+    assert measured_precisions(models("granite").architecture, said.append) == ("fp32", "int8", "int4")
+
+
+def test_smollm3_without_blocks_that_do_not_rotate_is_a_llama_to_the_graph(tmp_path: Path) -> None:
+    model = save_random_model(tmp_path / "model", "smollm3", no_rope_layers=[1, 1, 1, 1], mlp_bias=True)
+    artefact = lowered(model, tmp_path / "engine")
+    assert verify_artefact(ONNX, model, artefact, "fp32", CONTEXT).passed
+
+
+@pytest.mark.parametrize("precision", ONNX.precisions())
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in REFUSED])
 def test_every_family_verifies_in_every_precision(
     name: str, precision: str, models: Callable[[str], ModelFolder], tmp_path: Path
 ) -> None:

@@ -65,7 +65,15 @@ class TorchBackend:
         return Toolchain(versions, missing, "pip install amoeba-deploy")
 
     def refusal(self, subnet: Architecture, precision: str, context: int) -> str | None:
-        return None
+        if subnet.rope.kind != "longrope":
+            return None
+        limit = int(subnet.rope.setting("original_max_position_embeddings"))
+        if context <= limit:
+            return None
+        return (
+            f"its rotary positions change for all tokens where a text outgrows {limit}, and keys in the cache do not; "
+            f"ask for --context {limit} or less"
+        )
 
     def weight_dtype(self, precision: str) -> str | None:
         return _DTYPES[precision]

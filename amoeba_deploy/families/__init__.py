@@ -13,7 +13,18 @@ from amoeba_deploy.architecture import Architecture
 from amoeba_deploy.errors import BadInput
 from amoeba_deploy.families.family import Family
 
-_FAMILIES = ("granite", "llama", "mistral", "qwen2", "qwen3")
+_FAMILIES = (
+    "gemma2",
+    "gemma3_text",
+    "granite",
+    "llama",
+    "mistral",
+    "olmo2",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+)
 
 
 def families() -> tuple[str, ...]:
@@ -28,6 +39,11 @@ def family_of(config: dict[str, Any]) -> Family:
         BadInput: the config names no family, or one that is not known.
     """
     name = config.get("model_type")
+    if name == "gemma3":
+        raise BadInput(
+            "config.json has model_type 'gemma3', which is text and vision in one; take its text model, saved by "
+            "transformers' Gemma3ForCausalLM as model_type 'gemma3_text'"
+        )
     if name not in _FAMILIES:
         raise BadInput(f"config.json has model_type {name!r:.100}; the families known are {', '.join(_FAMILIES)}")
     found = import_module(f"{__name__}.{name}").FAMILY

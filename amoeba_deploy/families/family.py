@@ -1,8 +1,8 @@
 """What a model family is: which tensors couple, and how its config is read and rewritten.
 
-All families here share one block: RMS norm, rotary grouped-query attention, RMS norm, gated feed-forward. They differ
-in biases, in norms on queries and keys, and in what their configs say. The units that can be removed are whole
-blocks, key/value groups (a key/value head with its query heads), and neurons.
+All families here share one block: rotary grouped-query attention, then a gated feed-forward, each added to what went
+in. They differ in where norms stand, in biases, in whether matrices are fused, and in what their configs say. The units
+that can be removed are whole blocks, key/value groups (a key/value head with its query heads), and neurons.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from amoeba_deploy.architecture import Architecture, Dim, Rope, positive, rope_from_config
+from amoeba_deploy.architecture import Architecture, Dim, positive, rope_from_config
 from amoeba_deploy.errors import BadInput
 
 Axis = Dim | tuple[Dim, ...]
@@ -64,14 +64,37 @@ def common_tensors(architecture: Architecture) -> Tensors:
 
 PER_LAYER_LISTS = ("layer_types", "no_rope_layers")
 """Config entries with one value a block; they follow the kept blocks."""
+_NULL_MEANS_NONE = ("sliding_window", "final_logit_softcapping", "attn_logit_softcapping")
+"""Config entries in which null switches something off; elsewhere null is as good as left out."""
+
+
+def _spell_rope_twice(config: dict[str, Any], subnet: Architecture) -> None:
+    rope = subnet.rope
+    settings = dict(rope.settings)
+    config["rope_parameters"] = {"rope_theta": rope.theta, "rope_type": rope.kind, **settings}
+    config["rope_theta"] = rope.theta
+    scaled = {"rope_type": rope.kind, "type": rope.kind, **settings}
+    config["rope_scaling"] = None if rope.kind == "default" else scaled
+
+
+def _no_lists(_config: dict[str, Any]) -> dict[str, list[Any]]:
+    return {}
+
+
+def window_in_use(config: dict[str, Any]) -> int | None:
+    """The sliding window in positions, where ``layer_types`` gives any block one that is shorter than the context."""
+    window, context = config.get("sliding_window"), config["max_position_embeddings"]
+    used = "sliding_attention" in config["layer_types"][: config["num_hidden_layers"]]
+    return int(window) if used and window is not None and window < context else None
 
 
 @dataclass(frozen=True)
 class Family:
-    """One family. ``flags`` are the architecture's switches that its config implies (biases, norms, windows)."""
+    """One family, known by the ``model_type`` of its configs."""
 
     model_type: str
     flags: Callable[[dict[str, Any]], dict[str, Any]]
+    """Entries of ``Architecture`` that a completed config implies beyond its sizes: biases, norms, windows, traits."""
     defaults: dict[str, Any] = field(default_factory=dict)
     """What transformers assumes where a config of this family says nothing."""
     rewrite: Callable[[dict[str, Any], Architecture], None] | None = None
@@ -88,11 +111,27 @@ class Family:
     """The stock causal-language-model class, where subnets of other families are written as one of this."""
     activations: tuple[str, ...] = ("silu",)
     """The feed-forward activations that its configs may name."""
+    layer_lists: Callable[[dict[str, Any]], dict[str, list[Any]]] = _no_lists
+    """The lists with one entry a block that its class makes for a full config, defaults filled in, that has none."""
+    spell_rope: Callable[[dict[str, Any], Architecture], None] = _spell_rope_twice
+    """Writes a subnet's rotary settings, for transformers 4 and 5, over the full model's in a config (in place)."""
+
+    def completed(self, config: dict[str, Any]) -> dict[str, Any]:
+        """A config with what its class assumes where it says nothing: defaults, and lists with one entry a block."""
+        said = {key: value for key, value in config.items() if value is not None or key in _NULL_MEANS_NONE}
+        if "num_key_value_heads" in config and config["num_key_value_heads"] is None:
+            said["num_key_value_heads"] = config.get("num_attention_heads")
+        found = self.defaults | said
+        depth = positive(found, "num_hidden_layers")
+        found = self.layer_lists(found) | found
+        for key in PER_LAYER_LISTS:
+            if isinstance(found.get(key), list) and len(found[key]) < depth:
+                raise BadInput(f"config.json has {len(found[key])} entries in {key} for {depth} blocks")
+        return found
 
     def architecture(self, config: dict[str, Any]) -> Architecture:
         """The sizes that a config of this family states; raises BadInput where they contradict each other."""
-        said = {key: value for key, value in config.items() if value is not None or key == "sliding_window"}
-        config = self.defaults | said
+        config = self.completed(config)
         hidden, heads = positive(config, "hidden_size"), positive(config, "num_attention_heads")
         kv_heads = positive(config, "num_key_value_heads", heads)
         if heads % kv_heads:
@@ -103,25 +142,35 @@ class Family:
             raise BadInput(
                 f"config.json has the activation {activation!r}; {self.model_type} is known with {known} only"
             )
-        return Architecture(
-            family=self.model_type,
-            depth=positive(config, "num_hidden_layers"),
-            hidden=hidden,
-            heads=heads,
-            kv_heads=kv_heads,
-            head_dim=positive(config, "head_dim", hidden // heads),
-            neurons=positive(config, "intermediate_size"),
-            vocabulary=positive(config, "vocab_size"),
-            context=positive(config, "max_position_embeddings", 2048),
-            tied=bool(config.get("tie_word_embeddings", False)),
-            norm_epsilon=float(config.get("rms_norm_eps", 1e-6)),
-            rope=rope_from_config(config),
-            **self.flags(config),
-        )
+        common: dict[str, Any] = {
+            "family": self.model_type,
+            "depth": positive(config, "num_hidden_layers"),
+            "hidden": hidden,
+            "heads": heads,
+            "kv_heads": kv_heads,
+            "head_dim": positive(config, "head_dim", hidden // heads),
+            "neurons": positive(config, "intermediate_size"),
+            "vocabulary": positive(config, "vocab_size"),
+            "context": positive(config, "max_position_embeddings", 2048),
+            "tied": bool(config.get("tie_word_embeddings", False)),
+            "norm_epsilon": float(config.get("rms_norm_eps", 1e-6)),
+            "rope": rope_from_config(config),
+        }
+        return Architecture(**(common | self.flags(config)))
 
     def block_tensors(self, architecture: Architecture) -> Tensors:
         """Names (after ``model.layers.{i}.``) and axes of all tensors of a block, in the order they are written."""
         return self.tensors(architecture)
+
+    def matrix_rows(self, architecture: Architecture, name: str) -> tuple[str, slice]:
+        """Where a matrix of the common block, such as ``mlp.gate_proj``, lies: its tensor, and its rows there."""
+        if name not in self.fused:
+            return f"{name}.weight", slice(None)
+        tensor, place = self.fused[name]
+        axis = self.block_tensors(architecture)[f"{tensor}.weight"][0]
+        assert isinstance(axis, tuple)
+        begin = architecture.extent(axis[:place])
+        return f"{tensor}.weight", slice(begin, begin + architecture.extent(axis[place]))
 
     def other_tensors(self, architecture: Architecture) -> list[str]:
         """Names of the tensors outside the blocks."""
@@ -150,20 +199,13 @@ class Family:
             "dtype": dtype,
             "torch_dtype": dtype,
         }
+        full = self.completed(config)
         for key in PER_LAYER_LISTS:
-            if isinstance(config.get(key), list):
-                changed[key] = [config[key][index] for index in kept_blocks]
+            if isinstance(full.get(key), list):
+                changed[key] = [full[key][index] for index in kept_blocks]
         if isinstance(config.get("max_window_layers"), int):
             changed["max_window_layers"] = sum(index < config["max_window_layers"] for index in kept_blocks)
-        _spell_rope_twice(changed, subnet.rope)
+        self.spell_rope(changed, subnet)
         if self.rewrite is not None:
             self.rewrite(changed, subnet)
         return changed
-
-
-def _spell_rope_twice(config: dict[str, Any], rope: Rope) -> None:
-    settings = dict(rope.settings)
-    config["rope_parameters"] = {"rope_theta": rope.theta, "rope_type": rope.kind, **settings}
-    config["rope_theta"] = rope.theta
-    scaled = {"rope_type": rope.kind, "type": rope.kind, **settings}
-    config["rope_scaling"] = None if rope.kind == "default" else scaled
