@@ -23,6 +23,7 @@ from amoeba_deploy.extraction import copy_model, copy_other_files
 from amoeba_deploy.files import write_json
 from amoeba_deploy.model_folder import ModelFolder
 from amoeba_deploy.precision import StorageFormat
+from amoeba_deploy.ragged import Layout
 from amoeba_deploy.tensors import Array, TensorInfo, TensorSource, as_float32, made_source, read_header, write_tensors
 
 GRAPH = "model.onnx"
@@ -90,6 +91,9 @@ class OnnxBackend:
 
     def precisions(self) -> tuple[str, ...]:
         return tuple(_BITS)
+
+    def layouts(self) -> tuple[Layout, ...]:
+        return ("uniform", "ragged")
 
     def storage(self, precision: str) -> StorageFormat:
         bits = _BITS[precision]
@@ -209,7 +213,7 @@ def _quantised(model: ModelFolder, bits: int) -> dict[str, TensorSource]:
         sources |= _matrices(model, [name], bits) if "norm" not in name else {name: _float32(model, name)}
     for index in range(sizes.depth):
         prefix = f"model.layers.{index}."
-        names = list(model.family.block_tensors(sizes))
+        names = list(model.block_shapes(index))
         for group in (("q", "k", "v"), ("o",), ("gate", "up"), ("down",)):
             matrices = [prefix + n for n in names if n.endswith(tuple(f".{part}_proj.weight" for part in group))]
             sources |= _matrices(model, matrices, bits)
@@ -281,7 +285,7 @@ def genai_config(model: ModelFolder, context: int) -> dict[str, Any]:
             "present_value_names": "present.%d.value",
         },
         "num_attention_heads": sizes.heads,
-        "num_hidden_layers": sizes.depth,
+        "num_hidden_layers": sizes.depth if model.blocks is None else sum(b.heads > 0 for b in model.blocks),
         "num_key_value_heads": sizes.kv_heads,
     }
     search = {
