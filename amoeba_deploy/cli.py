@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -31,6 +31,9 @@ from amoeba_deploy.options import (
 )
 from amoeba_deploy.progress import Progress
 from amoeba_deploy.shape import Policy
+
+if TYPE_CHECKING:
+    from amoeba_deploy.ragged import Layout
 
 
 class Commands(click.Group):
@@ -324,6 +327,14 @@ def checkpoint_verify(checkpoint: Path | None, as_json: bool, quiet: bool) -> No
 @click.option(
     "--multiple", type=click.IntRange(1), help="Keep neurons in multiples of this.  [default: the checkpoint's]"
 )
+@click.option(
+    "--layout",
+    type=click.Choice(["uniform", "ragged"]),
+    default="uniform",
+    show_default=True,
+    help="Pad blocks of different widths for stock classes, or leave each its own: loads with trust_remote_code=True.",
+)
+@click.option("--device", help="Also estimate what padding costs there: a name of 'amoeba devices', or your own file.")
 @click.option("--plan-only", is_flag=True, help="Print the plan as JSON and write nothing.")
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @output_options
@@ -334,6 +345,8 @@ def extract(
     policy: Policy | None,
     dtype: str | None,
     multiple: int | None,
+    layout: Layout,
+    device: str | None,
     plan_only: bool,
     force: bool,
     as_json: bool,
@@ -343,11 +356,15 @@ def extract(
 
     \b
     amoeba extract --shape 8x0.75 -o subnet
+    amoeba extract --shape 8x0.75 --policy adaptive --layout ragged -o subnet --device orin-nx
     """
+    from amoeba_deploy import console
     from amoeba_deploy.extraction import DTYPES
     from amoeba_deploy.extraction import extract as run_extraction
     from amoeba_deploy.files import json_text, whole_folder
+    from amoeba_deploy.layout_cost import layout_cost
     from amoeba_deploy.plan import Steps
+    from amoeba_deploy.profiles.device import load_device
 
     opened = open_named(checkpoint)
     steps = Steps.of(opened.architecture, multiple) if multiple else None
@@ -357,18 +374,27 @@ def extract(
         return
     if output is None:
         raise BadInput("extract needs -o DIR to write to, or --plan-only")
+    cost = layout_cost(plan, opened.architecture, load_device(device)) if device else None
     with whole_folder(output, force, (opened.path, opened.model.path)) as folder:
         done = run_extraction(
             opened.model,
             plan,
             folder,
             dtype=DTYPES[dtype] if dtype else None,
+            layout=layout,
             learnt=opened.learnt(plan),
             facts=opened.origin(),
         )
-    value = {"path": str(output), "plan": plan.to_json(), "seconds": round(done.seconds, 4), "bytes": done.bytes}
-    said = f"{output}: {plan.shape}, {done.bytes / 1e6:.1f} MB of weights in {done.seconds:.2f} s"
-    emit(value, as_json, lambda: click.echo(said))
+    value = {
+        "path": str(output),
+        "plan": plan.to_json(),
+        "seconds": round(done.seconds, 4),
+        "bytes": done.bytes,
+        "layout": layout,
+        "layout_bytes": done.layout_bytes,
+        "predicted": None if cost is None else cost.to_json(),
+    }
+    emit(value, as_json, lambda: console.print_extraction(done, output, cost))
 
 
 @main.command()

@@ -30,7 +30,15 @@ from amoeba_deploy.files import write_json
 from amoeba_deploy.model_card import model_card
 from amoeba_deploy.model_folder import ModelFolder
 from amoeba_deploy.plan import BlockPlan, Plan
-from amoeba_deploy.ragged import MODELLING_FILE, BlockSizes, Layout, block_tensors, plan_sizes, ragged_config
+from amoeba_deploy.ragged import (
+    MODELLING_FILE,
+    BlockSizes,
+    Layout,
+    block_tensors,
+    plan_sizes,
+    ragged_config,
+    refuse_ragged,
+)
 from amoeba_deploy.tensors import (
     CONFIG_DTYPES,
     Array,
@@ -173,7 +181,7 @@ def other_files(model: ModelFolder) -> Iterator[Path]:
 
 def check_plan(model: ModelFolder, plan: Plan) -> None:
     """Raise BadInput where a plan names what the model does not have."""
-    model.require_uniform()
+    refuse_ragged(model.config, model.path)
     sizes = model.architecture
     last = max(block.index for block in plan.blocks)
     if last >= sizes.depth or plan.shape.depth > sizes.depth:

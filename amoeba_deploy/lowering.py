@@ -23,8 +23,9 @@ def lower_plan(
 ) -> ModelFolder:
     """Write the artefact of a plan into the empty folder ``output``; returns the dense subnet it was made from.
 
-    Blocks of different widths stay so where the backend takes them, else they are padded. Where the backend uses a dense folder in place, that is ``output`` itself; else the dense subnet is written to the
-    empty folder ``work``, in the model's own dtype, and the backend stores weights its own way.
+    Where the backend uses a dense folder in place, that is ``output`` itself; else the dense subnet is written to the
+    empty folder ``work``, in the model's own dtype, and the backend stores weights its own way. Blocks of different
+    widths are left so where the backend takes them, and padded where it does not.
     """
     dtype = backend.weight_dtype(precision)
     dense = output if dtype else work

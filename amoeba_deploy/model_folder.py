@@ -85,11 +85,6 @@ class ModelFolder:
             sizes = block.of(sizes)
         return {name: tuple(sizes.extent(axis) for axis in tensor) for name, tensor in axes.items()}
 
-    def require_uniform(self) -> None:
-        """Raise BadInput where blocks differ: such a subnet is run and lowered, not cut again."""
-        if self.blocks is not None:
-            raise BadInput(f"{self.path}: is a ragged subnet, whose blocks differ; give the model that it was cut from")
-
     def check_shapes(self) -> None:
         """Raise BadInput where a tensor is missing or is not of the shape that the config implies."""
         sizes = self.architecture

@@ -10,7 +10,7 @@ Load it with ``AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=Tr
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -114,14 +114,12 @@ def norms_around(layer: nn.Module) -> dict[str, tuple[list[str], list[str]]]:
     }
 
 
-def sized_layer(
-    stock: nn.Module, base: PreTrainedConfig, index: int, sizes: dict[str, int], output_bias: bool
-) -> nn.Module:
+def sized_layer(stock: Any, base: PreTrainedConfig, index: int, sizes: dict[str, int], output_bias: bool) -> Any:
     """A layer of the class of ``stock`` with its own numbers of heads and neurons."""
     config = copy.copy(base)
     for name, number in sizes.items():
         setattr(config, name, max(number, 1))
-    layer: Any = type(stock)(config, index)
+    layer = type(stock)(config, index)
     missing: list[tuple[str, nn.Module]] = []
     if not sizes["num_attention_heads"]:
         missing.append(("self_attn", NoAttention(config.hidden_size, output_bias)))
@@ -145,8 +143,8 @@ class AmoebaRaggedForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = AmoebaRaggedConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-    _skip_keys_device_placement = ["past_key_values"]
+    _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embed_tokens.weight"}
+    _skip_keys_device_placement: ClassVar = ["past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -198,8 +196,8 @@ class AmoebaRaggedForCausalLM(PreTrainedModel, GenerationMixin):
         """Key/value heads differ between layers; a static cache takes them from its first update."""
         return
 
-    def prepare_inputs_for_generation(self, *inputs: Any, **options: Any) -> dict[str, Any]:
-        prepared: dict[str, Any] = self.stock.prepare_inputs_for_generation(*inputs, **options)
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        prepared: dict[str, Any] = self.stock.prepare_inputs_for_generation(*args, **kwargs)
         return prepared
 
     def forward(
@@ -212,7 +210,7 @@ class AmoebaRaggedForCausalLM(PreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        **options: Any,
+        **kwargs: Any,
     ) -> Any:
         stock = self.stock
         if use_cache is None:
@@ -228,5 +226,5 @@ class AmoebaRaggedForCausalLM(PreTrainedModel, GenerationMixin):
             labels=labels,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
-            **options,
+            **kwargs,
         )

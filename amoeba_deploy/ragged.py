@@ -65,7 +65,7 @@ def read_block_sizes(config: dict[str, Any], depth: int) -> tuple[BlockSizes, ..
         numbers = [entry.get(key) if isinstance(entry, dict) else None for key in (_HEADS, _KV_HEADS, _NEURONS)]
         if any(type(number) is not int or number < 0 for number in numbers):
             raise BadInput(f"config.json: block_sizes[{index}] must have whole {_HEADS}, {_KV_HEADS} and {_NEURONS}")
-        heads, kv_heads, neurons = numbers
+        heads, kv_heads, neurons = (int(number) for number in numbers if number is not None)
         if bool(heads) != bool(kv_heads) or (kv_heads and heads % kv_heads) or not (heads or neurons):
             raise BadInput(
                 f"config.json: block_sizes[{index}] has {heads} query heads, {kv_heads} key/value heads and {neurons} "
@@ -75,6 +75,12 @@ def read_block_sizes(config: dict[str, Any], depth: int) -> tuple[BlockSizes, ..
     if not any(block.heads for block in found):
         raise BadInput("config.json: block_sizes has no block with attention")
     return tuple(found)
+
+
+def refuse_ragged(config: dict[str, Any], where: Path) -> None:
+    """Raise BadInput where a config is of a ragged subnet: that is run and lowered, not cut again."""
+    if is_ragged(config):
+        raise BadInput(f"{where}: is a ragged subnet, whose blocks differ; give the model that it was cut from")
 
 
 def ragged_config(config: dict[str, Any], blocks: Sequence[BlockSizes], output_bias: bool) -> dict[str, Any]:
@@ -112,7 +118,7 @@ def block_tensors(family: Family, architecture: Architecture, block: BlockSizes,
     """
     own = family.block_tensors(architecture)
     names = tuple(own)
-    wanted: Tensors = own | ({name: ("hidden",) for name in OUTPUT_BIASES} if output_bias else {})
+    wanted: Tensors = own | (dict.fromkeys(OUTPUT_BIASES, ("hidden",)) if output_bias else {})
 
     def stays(name: str) -> bool:
         if block.heads if _is_of_attention(name, names) else block.neurons:

@@ -26,6 +26,7 @@ from amoeba_deploy.profiles.table import Table, read_table
 from amoeba_deploy.profiles.workload import Workload
 from amoeba_deploy.progress import Progress
 from amoeba_deploy.quality import Quality
+from amoeba_deploy.ragged import refuse_ragged
 from amoeba_deploy.search import Budget, Candidate, SearchResult, prediction_to_json, quality_to_json
 from amoeba_deploy.shape import Shape, format_width
 from amoeba_deploy.stage1 import default_minimum_depth
@@ -61,7 +62,9 @@ class Space:
     @classmethod
     def of_config(cls, path: Path) -> Space:
         """All distinct subnets of a config, from half its depth and half its width up; no weights are needed."""
-        sizes = read_architecture(read_config(path))
+        config = read_config(path)
+        refuse_ragged(config, path)
+        sizes = read_architecture(config)
         widths = subnet_widths(sizes, CONFIG_MINIMUM_WIDTH)
         shapes = [Shape(d, w) for d in range(sizes.depth, default_minimum_depth(sizes.depth) - 1, -1) for w in widths]
         return cls(str(path), sizes, shapes, None, NEURON_MULTIPLE, None)
