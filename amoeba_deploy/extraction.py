@@ -269,7 +269,7 @@ def written_config(
         subnet = written_sizes(plan, model.architecture, compensated)
         held_by = families.family_of({"model_type": subnet.family})
         return held_by.subnet_config(model.config, plan.kept_blocks, subnet, dtype)
-    # With the full model's heads, which its own class holds; ragged_config puts each block's numbers in their place.
+    # With all heads, which the model's own class holds; those of each block are in ``block_sizes`` alone.
     full = replace(model.architecture, depth=len(plan.blocks))
     config = model.family.subnet_config(model.config, plan.kept_blocks, full, dtype)
     return ragged_config(config, blocks or plan_sizes(plan), compensated)

@@ -22,7 +22,7 @@ OWN_ENTRIES = ("model_type", "base_model_type", "block_sizes", "output_bias", "a
 
 
 class AmoebaRaggedConfig(PreTrainedConfig):
-    """The entries of the base model's config, in which the numbers of heads and neurons are those of the widest block.
+    """The entries of the config of the model that this one was cut from, its numbers of heads and neurons too.
 
     ``block_sizes`` has num_attention_heads, num_key_value_heads and intermediate_size of each block; 0 for none.
     """
@@ -42,9 +42,8 @@ class AmoebaRaggedConfig(PreTrainedConfig):
         super().__init__(**entries)
 
     def base(self) -> PreTrainedConfig:
-        """The stock config that all blocks share; its numbers of heads and neurons, which differ, are one."""
+        """The stock config that all blocks share, but for their own sizes."""
         entries = {key: value for key, value in self.to_dict().items() if key not in OWN_ENTRIES}
-        entries |= {"num_attention_heads": 1, "num_key_value_heads": 1, "intermediate_size": 1}
         return AutoConfig.for_model(self.base_model_type, **entries)
 
     def attention_blocks(self) -> list[int]:
@@ -60,8 +59,6 @@ class AmoebaRaggedConfig(PreTrainedConfig):
         if getattr(config, "layer_types", None) is not None:
             config.layer_types = [config.layer_types[index] for index in kept]
         config.num_hidden_layers = len(kept)
-        config.num_attention_heads = self.num_attention_heads
-        config.num_key_value_heads = self.num_key_value_heads
         return config
 
 
@@ -152,10 +149,14 @@ class AmoebaRaggedForCausalLM(PreTrainedModel, GenerationMixin):
     _can_compile_fullgraph = True
 
     def __init__(self, config: AmoebaRaggedConfig) -> None:
-        super().__init__(config)
         base = config.base()
         base._attn_implementation = config._attn_implementation
+        # The stock layers are replaced; until then they need no more than this.
+        base.num_key_value_heads = base.intermediate_size = 1
         stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(base)](base)
+        # What was asked for, or else what the stock class prefers.
+        config._attn_implementation = stock.config._attn_implementation
+        super().__init__(config)
         layers = [
             sized_layer(layer, stock.config, index, config.block_sizes[index], config.output_bias)
             for index, layer in enumerate(stock.model.layers)

@@ -2,7 +2,7 @@
 
 No stock class holds one, so its folder brings a small modelling file, ``modeling_amoeba.py``, which builds stock layers
 block by block, and a config of its own ``model_type``: who does not trust the file gets an error, never a wrong model.
-The config's other entries are the base family's; its numbers of heads and neurons are those of the widest block.
+The config's other entries are those of the model that it was cut from, its numbers of heads and neurons too.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def refuse_ragged(config: dict[str, Any], where: Path) -> None:
 
 
 def ragged_config(config: dict[str, Any], blocks: Sequence[BlockSizes], output_bias: bool) -> dict[str, Any]:
-    """The config of a ragged subnet, from one that its family's stock class loads but for heads and neurons."""
+    """The config of a ragged subnet, from that of its kept blocks with all of their heads and neurons."""
     # transformers 4 does not load this folder, and version 5 warns where rotary settings stand in both spellings.
     shared = {key: value for key, value in config.items() if key not in ("rope_theta", "rope_scaling")}
     return shared | {
@@ -92,9 +92,6 @@ def ragged_config(config: dict[str, Any], blocks: Sequence[BlockSizes], output_b
         "base_model_type": config["model_type"],
         "architectures": [AUTO_MAP["AutoModelForCausalLM"].partition(".")[2]],
         "auto_map": AUTO_MAP,
-        _HEADS: max(block.heads for block in blocks),
-        _KV_HEADS: max(block.kv_heads for block in blocks),
-        _NEURONS: max(1, *(block.neurons for block in blocks)),
         "block_sizes": [{_HEADS: b.heads, _KV_HEADS: b.kv_heads, _NEURONS: b.neurons} for b in blocks],
         "output_bias": output_bias,
     }

@@ -264,8 +264,12 @@ def _dequantiser(file: Path, bits: int) -> Callable[[str, TensorInfo], Array]:
 
 
 def genai_config(model: ModelFolder, context: int) -> dict[str, Any]:
-    """``genai_config.json`` as onnxruntime-genai reads it (its model builder's ``make_genai_config``)."""
+    """``genai_config.json`` as onnxruntime-genai reads it (its model builder's ``make_genai_config``).
+
+    Where blocks differ it states the most heads of any; onnxruntime-genai 0.18 takes each layer's from the graph.
+    """
     sizes, config = model.architecture, model.config
+    attending = [block for block in model.blocks or () if block.heads]
     ends = config.get("eos_token_id")
     end = ends[0] if isinstance(ends, list) and ends else ends
     decoder = {
@@ -284,9 +288,9 @@ def genai_config(model: ModelFolder, context: int) -> dict[str, Any]:
             "present_key_names": "present.%d.key",
             "present_value_names": "present.%d.value",
         },
-        "num_attention_heads": sizes.heads,
-        "num_hidden_layers": sizes.depth if model.blocks is None else sum(b.heads > 0 for b in model.blocks),
-        "num_key_value_heads": sizes.kv_heads,
+        "num_attention_heads": max((block.heads for block in attending), default=sizes.heads),
+        "num_hidden_layers": len(attending) or sizes.depth,
+        "num_key_value_heads": max((block.kv_heads for block in attending), default=sizes.kv_heads),
     }
     search = {
         "diversity_penalty": 0.0,
