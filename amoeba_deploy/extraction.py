@@ -246,7 +246,7 @@ def extract(
         "parameters": sum(int(np.prod(source.shape)) for source in sources.values()),
         "width_reached": round(plan.width_reached(model.architecture), 6),
     }
-    layout_bytes = compared_bytes(model, plan, wanted, learnt)
+    layout_bytes = compared_bytes(model, plan, wanted, learnt, blocks)
     if layout_bytes:
         said["layout_bytes"] = layout_bytes
     write_json(output / "subnet.json", said | {k: v for k, v in plan.to_json().items() if k != "format"})
@@ -275,14 +275,16 @@ def written_config(
     return ragged_config(config, blocks or plan_sizes(plan), compensated)
 
 
-def compared_bytes(model: ModelFolder, plan: Plan, dtype: str, learnt: Learnt) -> dict[str, int | None] | None:
+def compared_bytes(
+    model: ModelFolder, plan: Plan, dtype: str, learnt: Learnt, blocks: Sequence[BlockSizes] | None = None
+) -> dict[str, int | None] | None:
     """Bytes of weights in either layout, where blocks differ; None for one that no stock class holds."""
     if not plan.is_ragged:
         return None
 
     def weights(layout: Layout) -> int | None:
         try:
-            sources = subnet_tensors(model, plan, CONFIG_DTYPES[dtype], layout, learnt)
+            sources = subnet_tensors(model, plan, CONFIG_DTYPES[dtype], layout, learnt, blocks)
         except BadInput:
             return None
         return sum(source.length for source in sources.values())
