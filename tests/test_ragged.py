@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -510,18 +509,18 @@ def wide_plan(sizes: Architecture, counts: list[int], neurons: list[int]) -> Pla
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(1, 4))
 def test_padded_heads_are_the_fewest_that_deci_can_hold(counts: list[int], group: int) -> None:
-    def cost(heads: int, padded: tuple[int, ...]) -> int:
-        return len(padded) * heads + sum(padded)
-
-    def holds(heads: int, padded: tuple[int, ...]) -> bool:
-        pairs = zip(padded, counts, strict=True)
-        return all(p >= own and heads % p == 0 and heads // p >= group for p, own in pairs)
+    def fitting(heads: int, own: int) -> list[int]:
+        """The key/value heads that a block of ``own`` can be padded to under so many query heads."""
+        return [p for p in range(own, heads + 1) if heads % p == 0 and heads // p >= group]
 
     heads, padded = common_heads(counts, group)
-    assert holds(heads, padded)
-    most = max(counts) * (group + 1)
-    choices = product(range(1, most + 1), *(range(own, max(counts) + 3) for own in counts))
-    assert cost(heads, padded) == min(cost(h, tuple(p)) for h, *p in choices if holds(h, tuple(p)))
+    assert all(p in fitting(heads, own) for p, own in zip(padded, counts, strict=True))
+    least = [
+        len(counts) * other + sum(min(fitting(other, own)) for own in counts)
+        for other in range(1, 2 * max(counts) * (group + 1))
+        if all(fitting(other, own) for own in counts)
+    ]
+    assert len(counts) * heads + sum(padded) == min(least)
 
 
 @pytest.mark.parametrize("name", ["llama-multihead", "llama-biases", "qwen2", "qwen3"])
