@@ -30,6 +30,7 @@ bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python -m benchmarks.engines
 	$(BIN)/python -m benchmarks.export
+	$(BIN)/python -m benchmarks.extract
 	$(BIN)/python -m benchmarks.selection_speed
 	$(BIN)/python -m benchmarks.selection
 	$(BIN)/python -m benchmarks.offload

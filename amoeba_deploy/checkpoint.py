@@ -26,6 +26,7 @@ from amoeba_deploy.files import read_json, require_inside, sha256_of, write_json
 from amoeba_deploy.model_folder import ModelFolder, resolve_model
 from amoeba_deploy.plan import NEURON_MULTIPLE, Plan, Steps, read_plan, sized, subnet_widths
 from amoeba_deploy.quality import WIDTHS, Quality, read_quality
+from amoeba_deploy.ragged import refuse_ragged
 from amoeba_deploy.selection import Selection, read_selection
 from amoeba_deploy.shape import Policy, Shape, parse_width, width_to_json
 
@@ -289,6 +290,7 @@ def create_checkpoint(
         BadInput: the selection is not of this model.
     """
     model = ModelFolder(resolve_model(model_name).resolve())
+    refuse_ragged(model.config, model.path)
     model.check_shapes()
     if bias:
         families.compensated(model.architecture)

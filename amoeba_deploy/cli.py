@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -31,6 +31,9 @@ from amoeba_deploy.options import (
 )
 from amoeba_deploy.progress import Progress
 from amoeba_deploy.shape import Policy
+
+if TYPE_CHECKING:
+    pass
 
 
 class Commands(click.Group):
@@ -388,6 +391,14 @@ def checkpoint_verify(checkpoint: Path | None, as_json: bool, quiet: bool) -> No
     type=click.IntRange(1),
     help="Keep neurons in multiples of this.  [default: the engine's, else the checkpoint's]",
 )
+@click.option(
+    "--layout",
+    type=click.Choice(["uniform", "ragged"]),
+    default="uniform",
+    show_default=True,
+    help="Pad blocks of different widths for stock classes, or leave each its own: loads with trust_remote_code=True.",
+)
+@click.option("--device", help="Also estimate what padding costs there: a name of 'amoeba devices', or your own file.")
 @click.option("--shard-size", type=Memory(), default="5GB", show_default=True, help="Most data in one file of weights.")
 @click.option(
     "--quality-text", type=click.Path(path_type=Path), help="Text to measure the loss on before and after, in fp32."
@@ -400,6 +411,7 @@ def extract(
     checkpoint: Path | None,
     shape: str,
     output: Path | None,
+    device: str | None,
     plan_only: bool,
     bias: str | None,
     shard_size: float,
@@ -415,9 +427,13 @@ def extract(
     \b
     amoeba extract --shape 8x0.75 -o subnet
     amoeba extract --shape 8x0.75 --for gguf -o subnet
+    amoeba extract --shape 8x0.75 --policy adaptive --layout ragged -o subnet --device orin-nx
     """
+    from amoeba_deploy import console
     from amoeba_deploy.files import json_text
     from amoeba_deploy.hub import check_name, upload
+    from amoeba_deploy.layout_cost import layout_cost
+    from amoeba_deploy.profiles.device import load_device
     from amoeba_deploy.subnet import Subnet, Wishes, derive_folder
 
     opened, progress = open_named(checkpoint), Progress(quiet)
@@ -432,13 +448,22 @@ def extract(
         raise BadInput("extract needs -o DIR to write to, or --plan-only")
     if push_to_hub:
         check_name(push_to_hub)
+    cost = None
+    if device:
+        cost = layout_cost(Subnet(opened, Wishes(shape, **asked)).plan, opened.architecture, load_device(device))
     done = derive_folder(opened, shape, output, force=force, quality_text=quality_text, progress=progress, **asked)
-    value = {"path": str(output), "plan": done.plan.to_json(), "seconds": round(done.seconds, 4), "bytes": done.bytes}
-    said = f"{output}: {done.plan.shape}, {done.bytes / 1e6:.1f} MB of weights in {done.seconds:.2f} s"
+    value = {
+        "path": str(output),
+        "plan": done.plan.to_json(),
+        "seconds": round(done.seconds, 4),
+        "bytes": done.bytes,
+        "layout": wishes["layout"],
+        "layout_bytes": done.layout_bytes,
+        "predicted": None if cost is None else cost.to_json(),
+    }
     if push_to_hub:
         value["url"] = upload(output, push_to_hub, progress)
-        said += f"; pushed to {value['url']}"
-    emit(value, as_json, lambda: click.echo(said))
+    emit(value, as_json, lambda: console.print_extraction(done, output, cost))
 
 
 @main.command()

@@ -13,6 +13,8 @@ from amoeba_deploy.shape import format_width, width_to_json
 
 if TYPE_CHECKING:
     from amoeba_deploy.checkpoint import Checkpoint
+    from amoeba_deploy.extraction import Extraction
+    from amoeba_deploy.layout_cost import LayoutCost
     from amoeba_deploy.profiles.device import Device
     from amoeba_deploy.profiles.table import Table
     from amoeba_deploy.request import Answer, ExportAnswer
@@ -139,6 +141,21 @@ def checkpoint_json(checkpoint: Checkpoint) -> dict[str, Any]:
             ],
         },
     }
+
+
+def print_extraction(done: Extraction, output: Path, cost: LayoutCost | None) -> None:
+    """What an extraction wrote; where blocks differ also what padding them costs."""
+    click.echo(f"{output}: {done.plan.shape}, {done.bytes / 1e6:.1f} MB of weights in {done.seconds:.2f} s")
+    if done.layout_bytes:
+        uniform, ragged = done.layout_bytes["uniform"], done.layout_bytes["ragged"]
+        padded = "held by no stock class when padded" if uniform is None else f"{amount(uniform)} of weights padded"
+        click.echo(f"  blocks differ: {padded}, {amount(ragged or 0)} ragged")
+    if cost is not None:
+        times = [
+            f"TPOT {found.tpot_ms:.3f} ms, TTFT {found.ttft_ms:.1f} ms {what}"
+            for found, what in ((cost.layouts["uniform"], "padded"), (cost.layouts["ragged"], "ragged"))
+        ]
+        click.echo(f"  on {cost.device} in {cost.flow} {cost.precision}: {'; '.join(times)} (estimated)")
 
 
 def print_checkpoint(checkpoint: Checkpoint) -> None:

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -25,10 +25,20 @@ from amoeba_deploy import __version__, families
 from amoeba_deploy.architecture import Architecture
 from amoeba_deploy.cutting import LowRank, axis_cut, block_cuts, cut_source
 from amoeba_deploy.errors import BadInput
+from amoeba_deploy.families.family import OUTPUT_BIASES
 from amoeba_deploy.files import write_json
 from amoeba_deploy.model_card import model_card
 from amoeba_deploy.model_folder import ModelFolder
 from amoeba_deploy.plan import SUBNET_FORMAT, BlockPlan, Plan
+from amoeba_deploy.ragged import (
+    MODELLING_FILE,
+    BlockSizes,
+    Layout,
+    block_tensors,
+    plan_sizes,
+    ragged_config,
+    refuse_ragged,
+)
 from amoeba_deploy.tensors import (
     CONFIG_DTYPES,
     Array,
@@ -44,7 +54,6 @@ DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 """Precisions of dense weights, and how a config spells them."""
 SHARD_BYTES = 5 * 10**9
 """The most data in one file of weights, unless told otherwise; transformers' own limit until its version 5."""
-Layout = Literal["uniform", "ragged"]
 
 
 @dataclass(frozen=True)
@@ -62,17 +71,15 @@ NOTHING = Learnt()
 
 @dataclass(frozen=True)
 class Extraction:
-    """What an extraction wrote: the folder, its plan, the subnet's sizes, seconds, and bytes of weights."""
+    """What an extraction wrote: the folder, its plan, the widest block's sizes, seconds, and bytes of weights."""
 
     path: Path
     plan: Plan
     subnet: Architecture
     seconds: float
     bytes: int
-
-
-OUTPUT_BIASES = {"self_attn.o_proj.bias": 0, "mlp.down_proj.bias": 1}
-"""What a sublayer adds whatever its units give; its place in what ``Learnt.biases`` gives."""
+    layout_bytes: dict[str, int | None] | None
+    """Bytes of weights in the uniform and in the ragged layout, where blocks differ."""
 
 
 def _zeros(dtype: str, length: int) -> TensorSource:
@@ -80,20 +87,33 @@ def _zeros(dtype: str, length: int) -> TensorSource:
 
 
 def subnet_tensors(
-    model: ModelFolder, plan: Plan, dtype: str, layout: Layout = "uniform", learnt: Learnt = NOTHING
+    model: ModelFolder,
+    plan: Plan,
+    dtype: str,
+    layout: Layout = "uniform",
+    learnt: Learnt = NOTHING,
+    blocks: Sequence[BlockSizes] | None = None,
 ) -> dict[str, TensorSource]:
-    """All tensors of a subnet, in the order in which decoding reads them; values are made when they are written."""
+    """All tensors of a subnet, in the order in which decoding reads them; values are made when they are written.
+
+    In the ragged layout ``blocks`` are sizes to pad each block to; left out, none is padded.
+    """
     sizes, tensors = model.architecture, model.tensors
     own = model.family.block_tensors(sizes)
-    held = written_sizes(plan, sizes, compensated=learnt.biases is not None)
-    wanted = families.family_of({"model_type": held.family}).block_tensors(held)
+    compensated = learnt.biases is not None
+    if layout == "uniform":
+        held = written_sizes(plan, sizes, compensated)
+        shared = families.family_of({"model_type": held.family}).block_tensors(held)
+        blocks = [BlockSizes(held.heads, held.kv_heads, held.neurons)] * len(plan.blocks)
+    sized = blocks or plan_sizes(plan)
 
     def whole(name: str) -> TensorSource:
         return cut_source(tensors, name, (None,) * len(tensors.info(name).shape), dtype)
 
     def block_sources(block: BlockPlan, position: int) -> Iterator[tuple[str, TensorSource]]:
-        kv_heads, neurons = plan.widest if layout == "uniform" else (len(block.kv_heads), len(block.neurons))
-        cuts = block_cuts(sizes, block, kv_heads, kv_heads * sizes.group, neurons)
+        wide = sized[position]
+        cuts = block_cuts(sizes, block, wide.kv_heads, wide.heads, wide.neurons)
+        wanted = shared if layout == "uniform" else block_tensors(model.family, sizes, wide, compensated)
         for name, axes in wanted.items():
             if name in OUTPUT_BIASES and (learnt.biases or not _units_behind(block, name)):
                 source = _output_bias(model, block, name, dtype, learnt)
@@ -134,7 +154,7 @@ def _output_bias(model: ModelFolder, block: BlockPlan, name: str, dtype: str, le
         if name in model.family.block_tensors(model.architecture) and _units_behind(block, name):
             found += model.tensors.float32(full)
         if learnt.biases is not None:
-            found += learnt.biases(block)[OUTPUT_BIASES[name]]
+            found += learnt.biases(block)[OUTPUT_BIASES.index(name)]
         return from_float32(found, dtype)
 
     return made_source(dtype, (hidden,), values)
@@ -160,6 +180,7 @@ def other_files(model: ModelFolder) -> Iterator[Path]:
 
 def check_plan(model: ModelFolder, plan: Plan) -> None:
     """Raise BadInput where a plan names what the model does not have."""
+    refuse_ragged(model.config, model.path)
     sizes = model.architecture
     last = max(block.index for block in plan.blocks)
     if last >= sizes.depth or plan.shape.depth > sizes.depth:
@@ -187,6 +208,7 @@ def extract(
     *,
     dtype: str | None = None,
     layout: Layout = "uniform",
+    blocks: Sequence[BlockSizes] | None = None,
     learnt: Learnt = NOTHING,
     facts: dict[str, Any] | None = None,
     shard_bytes: int = SHARD_BYTES,
@@ -200,6 +222,7 @@ def extract(
         output: the folder to fill.
         dtype: float32, float16 or bfloat16; the model's own where left out.
         layout: ``uniform`` pads blocks of different widths, ``ragged`` does not.
+        blocks: in the ragged layout, sizes to pad each block to (native_layouts.py); none is padded where left out.
         learnt: what the checkpoint adds to the model's own weights.
         facts: about the checkpoint for subnet.json (digest, name, ...).
         shard_bytes: the most data in one file of weights.
@@ -213,12 +236,10 @@ def extract(
     wanted = dtype or model_dtype(model)
     if wanted not in CONFIG_DTYPES:
         raise BadInput(f"the dtype '{wanted}' is none of {', '.join(CONFIG_DTYPES)}")
-    subnet = written_sizes(plan, model.architecture, compensated=learnt.biases is not None)
-    sources = subnet_tensors(model, plan, CONFIG_DTYPES[wanted], layout, learnt)
-    held_by = families.family_of({"model_type": subnet.family})
-    config = held_by.subnet_config(model.config, plan.kept_blocks, subnet, wanted)
-    write_json(output / "config.json", config)
-    for file in other_files(model):
+    sources = subnet_tensors(model, plan, CONFIG_DTYPES[wanted], layout, learnt, blocks)
+    write_json(output / "config.json", written_config(model, plan, wanted, layout, learnt, blocks))
+    modelling = [MODELLING_FILE] if layout == "ragged" else []
+    for file in (*other_files(model), *modelling):
         (output / file.name).write_bytes(file.read_bytes())
     threads = min(len(os.sched_getaffinity(0)), 4)
     size = write_model_tensors(output, sources, shard_bytes, {"format": "pt"}, threads)
@@ -234,9 +255,51 @@ def extract(
         "width_reached": round(plan.width_reached(model.architecture), 6),
         "quality": quality(output),
     }
+    layout_bytes = compared_bytes(model, plan, wanted, learnt, blocks)
+    if layout_bytes:
+        said["layout_bytes"] = layout_bytes
     write_json(output / "subnet.json", said | {k: v for k, v in plan.to_json().items() if k != "format"})
     (output / "README.md").write_text(model_card(model, plan, said), encoding="utf-8")
-    return Extraction(output, plan, subnet, seconds, size)
+    compensated = learnt.biases is not None and layout == "uniform"
+    subnet = written_sizes(plan, model.architecture, compensated)
+    return Extraction(output, plan, subnet, seconds, size, layout_bytes)
+
+
+def written_config(
+    model: ModelFolder,
+    plan: Plan,
+    dtype: str,
+    layout: Layout,
+    learnt: Learnt,
+    blocks: Sequence[BlockSizes] | None = None,
+) -> dict[str, Any]:
+    """The config of a subnet in a layout; raises BadInput where the uniform one has no stock class."""
+    compensated = learnt.biases is not None
+    if layout == "uniform":
+        subnet = written_sizes(plan, model.architecture, compensated)
+        held_by = families.family_of({"model_type": subnet.family})
+        return held_by.subnet_config(model.config, plan.kept_blocks, subnet, dtype)
+    # With all heads, which the model's own class holds; those of each block are in ``block_sizes`` alone.
+    full = replace(model.architecture, depth=len(plan.blocks))
+    config = model.family.subnet_config(model.config, plan.kept_blocks, full, dtype)
+    return ragged_config(config, blocks or plan_sizes(plan), compensated)
+
+
+def compared_bytes(
+    model: ModelFolder, plan: Plan, dtype: str, learnt: Learnt, blocks: Sequence[BlockSizes] | None = None
+) -> dict[str, int | None] | None:
+    """Bytes of weights in either layout, where blocks differ; None for one that no stock class holds."""
+    if not plan.is_ragged:
+        return None
+
+    def weights(layout: Layout) -> int | None:
+        try:
+            sources = subnet_tensors(model, plan, CONFIG_DTYPES[dtype], layout, learnt, blocks)
+        except BadInput:
+            return None
+        return sum(source.length for source in sources.values())
+
+    return {"uniform": weights("uniform"), "ragged": weights("ragged")}
 
 
 def copy_other_files(model: ModelFolder, output: Path) -> None:
@@ -244,7 +307,8 @@ def copy_other_files(model: ModelFolder, output: Path) -> None:
     if output == model.path:
         return
     subnet = [model.path / "subnet.json"] if (model.path / "subnet.json").is_file() else []
-    for file in (model.path / "config.json", *subnet, *other_files(model)):
+    modelling = [MODELLING_FILE] if model.blocks is not None else []
+    for file in (model.path / "config.json", *subnet, *modelling, *other_files(model)):
         (output / file.name).write_bytes(file.read_bytes())
 
 
@@ -267,7 +331,7 @@ def copy_model(
     names = [
         f"model.layers.{index}.{name}"
         for index in range(model.architecture.depth)
-        for name in model.family.block_tensors(model.architecture)
+        for name in model.block_shapes(index)
     ]
     names += model.family.other_tensors(model.architecture)
     sources = {name: source(name, model.tensors.info(name)) for name in names}

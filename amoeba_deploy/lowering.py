@@ -9,6 +9,7 @@ from amoeba_deploy.checkpoint import Checkpoint
 from amoeba_deploy.extraction import extract
 from amoeba_deploy.model_folder import ModelFolder
 from amoeba_deploy.plan import Plan
+from amoeba_deploy.ragged import Layout
 
 
 def lower_plan(
@@ -23,11 +24,14 @@ def lower_plan(
     """Write the artefact of a plan into the empty folder ``output``; returns the dense subnet it was made from.
 
     Where the backend uses a dense folder in place, that is ``output`` itself; else the dense subnet is written to the
-    empty folder ``work``, in the model's own dtype, and the backend stores weights its own way.
+    empty folder ``work``, in the model's own dtype, and the backend stores weights its own way. Blocks of different
+    widths are left so where the backend takes them, and padded where it does not.
     """
     dtype = backend.weight_dtype(precision)
     dense = output if dtype else work
-    extract(checkpoint.model, plan, dense, dtype=dtype, learnt=checkpoint.learnt(plan), facts=checkpoint.origin())
+    layout: Layout = "ragged" if plan.is_ragged and "ragged" in backend.layouts() else "uniform"
+    learnt, facts = checkpoint.learnt(plan), checkpoint.origin()
+    extract(checkpoint.model, plan, dense, dtype=dtype, layout=layout, learnt=learnt, facts=facts)
     subnet = ModelFolder(dense)
     backend.lower(subnet, output, precision, context)
     return subnet

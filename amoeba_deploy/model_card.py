@@ -45,7 +45,8 @@ def model_card(model: ModelFolder, plan: Plan, facts: dict[str, Any]) -> str:
     subnet = plan.subnet(full)
     removed = sorted(set(range(full.depth)) - set(plan.kept_blocks))
     name = str(facts.get("checkpoint", "a local checkpoint"))
-    widest = " (the widest)" if plan.is_ragged else ""
+    ragged = facts["layout"] == "ragged"
+    most = " at most" if ragged else ""
     adapted = " Tuned adapters are merged into the weights." if facts.get("adapters") else ""
     return f"""---
 {hub_metadata(model, facts)}
@@ -58,15 +59,15 @@ A dense subnet, cut from the one-for-all checkpoint `{name}`
 | | full model | this subnet |
 |---|---|---|
 | blocks | {full.depth} | {subnet.depth} |
-| query heads a block | {full.heads} | {subnet.heads}{widest} |
-| key/value heads a block | {full.kv_heads} | {subnet.kv_heads}{widest} |
-| neurons a block | {full.neurons} | {subnet.neurons}{widest} |
+| query heads a block | {full.heads} | {subnet.heads}{most} |
+| key/value heads a block | {full.kv_heads} | {subnet.kv_heads}{most} |
+| neurons a block | {full.neurons} | {subnet.neurons}{most} |
 | parameters | {full.parameters:,} | {facts["parameters"]:,} |
 
 Removed blocks (counted from 0): {", ".join(map(str, removed)) or "none"}. The exact units kept are in `subnet.json`.
 Policy `{plan.shape.policy}`, layout `{facts["layout"]}`, bias compensation {facts["bias"]}, weights in \
 {facts["dtype"]}.{adapted}
-
+{_layouts(facts)}
 ## Quality
 
 {_quality(facts.get("quality"))}
@@ -75,10 +76,10 @@ Policy `{plan.shape.policy}`, layout `{facts["layout"]}`, bias compensation {fac
 
 ```python
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained("PATH OF THIS FOLDER")
+model = AutoModelForCausalLM.from_pretrained("PATH OF THIS FOLDER"{", trust_remote_code=True" if ragged else ""})
 ```
 
-Made again by `{facts.get("command", f"amoeba extract CHECKPOINT --shape {plan.shape} -o DIR")}` with {facts["tool"]}.
+{f"Made again by `{facts['command']}`" if "command" in facts else "Made from a plan"} with {facts["tool"]}.
 """
 
 
@@ -98,3 +99,20 @@ def _quality(quality: dict[str, Any] | None) -> str:
         if other is not None:
             lines.append(f"| this subnet with bias compensation {setting} | {other:.4f} |")
     return "\n".join(lines)
+
+
+def _layouts(facts: dict[str, Any]) -> str:
+    """What it means that blocks differ, where they do: what padding takes, and that the ragged form needs its code."""
+    said = ""
+    sizes = facts.get("layout_bytes")
+    if sizes:
+        uniform, own = sizes["uniform"], sizes["ragged"]
+        padded = "held by no stock class when padded" if uniform is None else f"{uniform:,} bytes padded"
+        said += f"Blocks differ in width: {padded}, {own:,} bytes in the layout `ragged`.\n"
+    if facts["layout"] == "ragged":
+        said += (
+            "Every block has its own size (`block_sizes` in `config.json`), which no stock class holds:\n"
+            "`modeling_amoeba.py` in this folder builds stock layers block by block, and transformers runs it only\n"
+            "where it is told to trust it.\n"
+        )
+    return f"\n{said}" if said else ""

@@ -15,6 +15,7 @@ from amoeba_deploy.errors import BadInput
 from amoeba_deploy.families import family_of, read_architecture
 from amoeba_deploy.families.family import Family
 from amoeba_deploy.files import read_json_object, require_inside, sha256_of
+from amoeba_deploy.ragged import block_tensors, has_output_bias, is_ragged, read_block_sizes, require_own_file
 from amoeba_deploy.tensors import CONFIG_DTYPES, INDEX, TensorFolder, as_float32
 
 if TYPE_CHECKING:
@@ -70,8 +71,20 @@ class ModelFolder:
         self.config = read_config(path)
         self.family: Family = family_of(self.config)
         self.architecture: Architecture = read_architecture(self.config)
+        self.blocks = read_block_sizes(self.config, self.architecture.depth) if is_ragged(self.config) else None
+        """The sizes of each block of a ragged subnet; None where all blocks have those of the architecture."""
         self.tensors = TensorFolder(path)
         require_inside(path, [path / "config.json", path / INDEX, *self.tensors.files, *self.tokenizer_files()])
+
+    def block_shapes(self, index: int) -> dict[str, tuple[int, ...]]:
+        """Names (after ``model.layers.{i}.``) and shapes of all tensors of a block, in the order they are written."""
+        sizes = self.architecture
+        axes = self.family.block_tensors(sizes)
+        if self.blocks is not None:
+            block = self.blocks[index]
+            axes = block_tensors(self.family, sizes, block, has_output_bias(self.config))
+            sizes = block.of(sizes)
+        return {name: tuple(sizes.extent(axis) for axis in tensor) for name, tensor in axes.items()}
 
     def check_shapes(self) -> None:
         """Raise BadInput where a tensor is missing or is not of the shape that the config implies."""
@@ -81,8 +94,7 @@ class ModelFolder:
             for name in self.family.other_tensors(sizes)
         }
         for index in range(sizes.depth):
-            for name, axes in self.family.block_tensors(sizes).items():
-                wanted[f"model.layers.{index}.{name}"] = tuple(sizes.extent(axis) for axis in axes)
+            wanted |= {f"model.layers.{index}.{name}": shape for name, shape in self.block_shapes(index).items()}
         for name, shape in wanted.items():
             found = self.tensors.info(name)
             if found.shape != shape:
@@ -134,13 +146,23 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def load_torch_model(folder: Path, dtype: str = "float32") -> PreTrainedModel:
-    """The folder as a stock transformers model for inference, on the CPU, with no remote code and no network."""
+    """The folder as a transformers model for inference, on the CPU, with no remote code and no network.
+
+    Of a ragged subnet the modelling file of this package is run, not the folder's, which must be the same.
+    """
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(
+    loader: Any = AutoModelForCausalLM
+    config = read_config(folder)
+    if is_ragged(config):
+        from amoeba_deploy.modeling_amoeba import AmoebaRaggedForCausalLM
+
+        require_own_file(folder, config)
+        loader = AmoebaRaggedForCausalLM
+    model: PreTrainedModel = loader.from_pretrained(
         folder, dtype=getattr(torch, dtype), trust_remote_code=False, local_files_only=True
     )
     return model.eval()

@@ -29,6 +29,7 @@ from amoeba_deploy.profiles.table import Table, read_table
 from amoeba_deploy.profiles.workload import Workload
 from amoeba_deploy.progress import Progress
 from amoeba_deploy.quality import Quality
+from amoeba_deploy.ragged import refuse_ragged
 from amoeba_deploy.search import Budget, Candidate, SearchResult, prediction_to_json, quality_to_json
 from amoeba_deploy.shape import Shape, format_width
 from amoeba_deploy.stage1 import default_minimum_depth
@@ -80,7 +81,9 @@ class Space:
     @classmethod
     def of_config(cls, path: Path) -> Space:
         """All distinct subnets of a config, from half its depth and half its width up; no weights are needed."""
-        return cls(str(path), read_architecture(read_config(path)), None, NEURON_MULTIPLE, None)
+        config = read_config(path)
+        refuse_ragged(config, path)
+        return cls(str(path), read_architecture(config), None, NEURON_MULTIPLE, None)
 
 
 @dataclass(frozen=True)

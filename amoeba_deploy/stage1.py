@@ -18,6 +18,7 @@ from amoeba_deploy.interrupted import SavedTable
 from amoeba_deploy.model_folder import ModelFolder
 from amoeba_deploy.moments import Vector
 from amoeba_deploy.progress import Progress
+from amoeba_deploy.ragged import refuse_ragged
 from amoeba_deploy.removal import LocalRemover, Removed, Remover, Trial, total
 from amoeba_deploy.selection import BlockScores, DepthChoice, Selection, depth_choice
 
@@ -273,9 +274,10 @@ def select(
     """Choose blocks for every depth, and score heads and neurons.
 
     Raises:
-        BadInput: see ``open_stage1``; or logits are not finite.
+        BadInput: see ``open_stage1``; or the model is a ragged subnet, or logits are not finite.
         ToolchainMissing: a library that the calibration data or the workers need is not installed.
     """
+    refuse_ragged(model.config, model.path)
     began = time.perf_counter()
     other = None if width_calibration is None else str(width_calibration)
     stage = open_stage1(model, str(calibration), settings, progress, other)

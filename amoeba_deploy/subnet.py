@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,6 @@ from amoeba_deploy.extraction import (
     DTYPES,
     SHARD_BYTES,
     Extraction,
-    Layout,
     check_plan,
     extract,
     model_dtype,
@@ -30,8 +29,10 @@ from amoeba_deploy.extraction import (
 )
 from amoeba_deploy.files import whole_folder
 from amoeba_deploy.model_folder import load_torch_model
+from amoeba_deploy.native_layouts import native_blocks
 from amoeba_deploy.plan import Plan, Steps
 from amoeba_deploy.progress import Progress
+from amoeba_deploy.ragged import BlockSizes, Layout
 from amoeba_deploy.shape import Policy
 
 if TYPE_CHECKING:
@@ -69,11 +70,14 @@ class Subnet:
         if wishes.dtype is not None and wishes.dtype not in DTYPES:
             raise BadInput(f"the dtype '{wishes.dtype}' is none of {', '.join(DTYPES)}")
         self.bias = checkpoint.bias if wishes.bias is None else wishes.bias
-        if self.bias:
+        self.ragged = wishes.layout == "ragged"
+        if self.bias and not self.ragged:
             families.compensated(checkpoint.architecture)
         self.plan: Plan = checkpoint.plan_of(wishes.shape, self._steps(), wishes.policy)
         check_plan(checkpoint.model, self.plan)
-        self.sizes = written_sizes(self.plan, checkpoint.architecture, compensated=self.bias)
+        # A ragged folder has a class of its own, which adds biases to any family.
+        padded = self.plan.subnet(checkpoint.architecture)
+        self.sizes = padded if self.ragged else written_sizes(self.plan, checkpoint.architecture, self.bias)
         if self.takes is not None:
             self._check_engine(self.takes)
 
@@ -94,17 +98,19 @@ class Subnet:
         sizes = self.checkpoint.architecture
         if self.takes is None:
             return Steps.of(sizes, multiple)
-        found = self.takes.steps(sizes, multiple, self.precision, self.bias)
+        found = self.takes.steps(sizes, multiple, self.precision, self.bias and not self.ragged)
         return Steps(found.groups, self.wishes.multiple) if self.wishes.multiple else found
 
     def _check_engine(self, takes: Takes) -> None:
         refused = takes.refusal(self.sizes, self.precision, self.bias and not self.checkpoint.architecture.output_bias)
         if refused:
             raise BadInput(f"{self.plan.shape} cannot be extracted for '{takes.flow}': {refused}")
-        if self.wishes.layout == "ragged" and self.plan.is_ragged and not takes.varying:
+        if self.ragged and not takes.varying:
             raise BadInput(
                 f"'{takes.flow}' takes blocks of one width only; leave --layout uniform, which pads them exactly"
             )
+        if self.ragged and self.bias and not takes.biases:
+            raise BadInput(f"'{takes.flow}' adds no biases on o_proj and down_proj; choose --bias off")
 
     @cached_property
     def notes(self) -> list[str]:
@@ -117,7 +123,7 @@ class Subnet:
         if policy != checkpoint.policy:
             found.append(f"the checkpoint was made for the policy {checkpoint.policy}; this subnet is {policy}")
         found += self._rounding()
-        held_by = families.held_by(self.sizes)
+        held_by = self.sizes.family if self.ragged else families.held_by(self.sizes)
         if held_by == "granite" and checkpoint.architecture.family != "granite":
             found.append(
                 f"{self.sizes.heads} heads do not divide the hidden size {self.sizes.hidden} and there are biases, so "
@@ -186,6 +192,12 @@ class Subnet:
             "text": file_digest(text),
         }
 
+    def _blocks(self) -> tuple[BlockSizes, ...] | None:
+        """The sizes that an engine with a way of its own to say that blocks differ wants them padded to."""
+        if self.takes is None or not self.ragged:
+            return None
+        return native_blocks(self.takes.flow, self.plan, self.checkpoint.architecture, self._steps().multiple)
+
     def _facts(self) -> dict[str, Any]:
         wishes = self.wishes
         made_for = {"flow": wishes.flow} if wishes.flow else {}
@@ -225,6 +237,7 @@ class Subnet:
             facts=self._facts(),
             shard_bytes=wishes.shard_bytes,
             quality=quality,
+            blocks=self._blocks(),
         )
 
 
@@ -262,7 +275,7 @@ def derive_folder(
     with whole_folder(output, force, inputs) as folder:
         done = subnet.extract(folder, quality_text, said)
         after(folder)
-    return Extraction(output, done.plan, done.subnet, done.seconds, done.bytes)
+    return replace(done, path=output)
 
 
 def derive_model(checkpoint: Checkpoint, shape: str, **wishes: Any) -> PreTrainedModel:

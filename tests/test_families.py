@@ -7,7 +7,10 @@ down_proj multiplied by 0/1 masks. The subnet is loaded from its folder by the s
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -437,3 +440,39 @@ def test_a_tensor_of_another_shape_than_the_config_says_is_refused(
     (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 192}))
     with pytest.raises(BadInput, match=r"gate_proj.*config calls for \[192, 96\]"):
         ModelFolder(folder).check_shapes()
+
+
+LOAD_ALL = """
+import json, socket, sys
+def refuse(*_): raise AssertionError("a connection was asked for")
+socket.socket.connect = socket.create_connection = refuse
+import torch
+from transformers import AutoModelForCausalLM
+ids = torch.tensor(json.loads(sys.argv[1]))
+for folder in sys.argv[2:]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
+    with torch.inference_mode():
+        torch.save((type(model).__module__.split(".")[0], model(input_ids=ids).logits), folder + "/logits.pt")
+"""
+
+
+def test_every_folder_loads_in_a_process_of_its_own_without_code_or_network(
+    models: Callable[[str], ModelFolder], tmp_path: Path
+) -> None:
+    wanted = {}
+    for name in MODELS:
+        model, folder = models(name), tmp_path / name
+        folder.mkdir()
+        plan = random_selection(model).plan(model.architecture, Shape.parse("3x0.67"))
+        extract(model, plan, folder)
+        wanted[folder] = masked_logits(model, plan)
+        # Nothing in the folder could be run.
+        assert not [file.name for file in folder.iterdir() if file.suffix not in (".json", ".safetensors", ".md")]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    command = [sys.executable, "-c", LOAD_ALL, json.dumps(IDS.tolist()), *map(str, wanted)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for folder, logits in wanted.items():
+        package, found = torch.load(folder / "logits.pt", weights_only=True)
+        assert package == "transformers"
+        assert relative_error(found, logits) < TOLERANCE, folder.name

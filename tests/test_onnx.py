@@ -68,7 +68,7 @@ def test_what_the_graph_does_not_compute_is_refused_by_name(
 ) -> None:
     model = models(name)
     context = model.architecture.sliding_window or CONTEXT
-    with pytest.raises(BadInput, match=f"its {REFUSED[name]} is not something that this graph computes"):
+    with pytest.raises(BadInput, match=f"its {REFUSED[name]} is not something that onnx computes"):
         ONNX.lower(model, tmp_path, precision, context)
     assert list(tmp_path.iterdir()) == []
 

@@ -110,6 +110,7 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, A
     partial["blocks"][2]["index"] = 2
     (root / "partial.json").write_text(json.dumps(partial))
     amoeba("extract", checkpoint, "--shape", root / "partial.json", "-o", root / "partial")
+    amoeba("extract", checkpoint, "--shape", root / "partial.json", "--layout", "ragged", "-o", root / "ragged")
     amoeba("extract", checkpoint, "--shape", "2x0.75", "-o", root / "subnet")
     short = ("--prompt", 8, "--tokens", 8)
     which = ("--flow", "onnx", "--precision", "fp32")
@@ -134,6 +135,7 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, A
         "plan": json.loads(plan),
         "plan:sublayers": partial,
         "subnet:sublayers": read(root / "partial" / "subnet.json"),
+        "subnet:ragged": read(root / "ragged" / "subnet.json"),
         "subnet": read(root / "subnet" / "subnet.json"),
         "latency-table": read(table),
         "manifest": read(root / "here" / "manifest.json"),
@@ -191,6 +193,7 @@ DAMAGE: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
     ),
     "a negative head": ("plan", lambda d: d["blocks"][0].update(heads=[-1, 0])),
     "a layout that is not known": ("subnet", lambda d: d.update(layout="sparse")),
+    "bytes of one layout alone": ("subnet:ragged", lambda d: d["layout_bytes"].pop("uniform")),
     "a row of no time": ("latency-table", with_row("tpot_ms", 0)),
     "an unknown entry in a row": ("latency-table", with_row("watts", 7)),
     "a prefixed architecture": ("latency-table", lambda d: d.update(architecture="sha256:" + d["architecture"])),

@@ -17,6 +17,7 @@ from amoeba_deploy.architecture import Architecture
 from amoeba_deploy.errors import BadInput
 from amoeba_deploy.model_folder import ModelFolder
 from amoeba_deploy.precision import StorageFormat
+from amoeba_deploy.ragged import Layout
 
 Ids = NDArray[np.int64]
 
@@ -52,6 +53,10 @@ class Backend(Protocol):
 
     def precisions(self) -> tuple[str, ...]:
         """The precisions that it lowers to, best quality first."""
+        ...
+
+    def layouts(self) -> tuple[Layout, ...]:
+        """The layouts of a subnet that it lowers: ``uniform``, and ``ragged`` where blocks may differ in size."""
         ...
 
     def storage(self, precision: str) -> StorageFormat:

@@ -24,6 +24,7 @@ from amoeba_deploy.extraction import copy_model, copy_other_files
 from amoeba_deploy.files import write_json
 from amoeba_deploy.model_folder import ModelFolder
 from amoeba_deploy.precision import StorageFormat
+from amoeba_deploy.ragged import Layout
 from amoeba_deploy.tensors import Array, TensorInfo, TensorSource, as_float32, made_source, read_header, write_tensors
 
 GRAPH = "model.onnx"
@@ -88,6 +89,9 @@ class OnnxBackend:
 
     def precisions(self) -> tuple[str, ...]:
         return tuple(_BITS)
+
+    def layouts(self) -> tuple[Layout, ...]:
+        return ("uniform", "ragged")
 
     def storage(self, precision: str) -> StorageFormat:
         bits = _BITS[precision]
@@ -196,7 +200,7 @@ def _quantised(model: ModelFolder, bits: int) -> dict[str, TensorSource]:
         sources |= _matrices(model, [name], bits) if "norm" not in name else {name: _float32(model, name)}
     for index in range(sizes.depth):
         prefix = f"model.layers.{index}."
-        names = list(model.family.block_tensors(sizes))
+        names = list(model.block_shapes(index))
         for group in (("q", "k", "v"), ("o",), ("gate", "up"), ("down",)):
             matrices = [prefix + n for n in names if n.endswith(tuple(f".{part}_proj.weight" for part in group))]
             sources |= _matrices(model, matrices, bits)
@@ -247,8 +251,12 @@ def _dequantiser(file: Path, bits: int) -> Callable[[str, TensorInfo], Array]:
 
 
 def genai_config(model: ModelFolder, context: int) -> dict[str, Any]:
-    """``genai_config.json`` as onnxruntime-genai reads it (its model builder's ``make_genai_config``)."""
+    """``genai_config.json`` as onnxruntime-genai reads it (its model builder's ``make_genai_config``).
+
+    Where blocks differ it states the most heads of any; onnxruntime-genai 0.18 takes each layer's from the graph.
+    """
     sizes, config = model.architecture, model.config
+    attending = [block for block in model.blocks or () if block.heads]
     ends = config.get("eos_token_id")
     end = ends[0] if isinstance(ends, list) and ends else ends
     decoder = {
@@ -267,9 +275,9 @@ def genai_config(model: ModelFolder, context: int) -> dict[str, Any]:
             "present_key_names": "present.%d.key",
             "present_value_names": "present.%d.value",
         },
-        "num_attention_heads": sizes.heads,
-        "num_hidden_layers": sizes.depth,
-        "num_key_value_heads": sizes.kv_heads,
+        "num_attention_heads": max((block.heads for block in attending), default=sizes.heads),
+        "num_hidden_layers": len(attending) or sizes.depth,
+        "num_key_value_heads": max((block.kv_heads for block in attending), default=sizes.kv_heads),
     }
     search = {
         "diversity_penalty": 0.0,

@@ -271,13 +271,17 @@ class Emitter:
             "Where", [seen, graph.constant("f32_zero", open_), graph.constant("f32_lowest", shut)], "mask.causal"
         )
 
+    def has(self, matrix: str) -> bool:
+        """Whether the model has a matrix: blocks may lack attention or feed-forward."""
+        return f"{matrix}.weight{self._packed}" in self.tensors
+
     def attention(self, index: int, value: str) -> str:
         """Attention of one block, from its normed input to the output of o_proj."""
         sizes, prefix, here = self.sizes, f"model.layers.{index}.self_attn", f"block.{index}.attention"
         names = [f"{prefix}.{part}_proj" for part in "qkv"]
         products, rows = self.linear(names, value, f"{here}.qkv", sizes.hidden)
-        kv_heads = rows[1] // sizes.head_dim
-        heads = kv_heads * sizes.group
+        heads, kv_heads = rows[0] // sizes.head_dim, rows[1] // sizes.head_dim
+        layer = len(self.kv_heads)
         self.kv_heads.append(kv_heads)
         if len(products) == 1 and self.fused and not sizes.qk_norm:
             query, key, val = products[0], "", ""
@@ -287,13 +291,13 @@ class Emitter:
             query = self.head_norm(query, heads, f"{prefix}.q_norm.weight", f"{here}.q_norm")
             key = self.head_norm(key, kv_heads, f"{prefix}.k_norm.weight", f"{here}.k_norm")
         attend = self._fused_attention if self.fused else self._written_attention
-        mixed = attend(index, (query, key, val), heads, kv_heads, here)
+        mixed = attend(layer, (query, key, val), heads, kv_heads, here)
         return self.linear([f"{prefix}.o_proj"], mixed, f"{here}.output", heads * sizes.head_dim)[0][0]
 
-    def _fused_attention(self, index: int, qkv: tuple[str, str, str], heads: int, kv_heads: int, here: str) -> str:
-        past = [f"past_key_values.{index}.{part}" for part in ("key", "value")]
+    def _fused_attention(self, layer: int, qkv: tuple[str, str, str], heads: int, kv_heads: int, here: str) -> str:
+        past = [f"past_key_values.{layer}.{part}" for part in ("key", "value")]
         inputs = [*qkv, *past, "length.last32", "length.total32", "rotary.cos", "rotary.sin"]
-        outputs = [f"{here}.mixed", f"present.{index}.key", f"present.{index}.value"]
+        outputs = [f"{here}.mixed", f"present.{layer}.key", f"present.{layer}.value"]
         self.graph.nodes.append(
             helper.make_node(
                 "GroupQueryAttention",
@@ -321,15 +325,15 @@ class Emitter:
         inputs = [value, "positions.rotary", "rotary.cos", "rotary.sin"]
         return self.graph.node("RotaryEmbedding", inputs, result, domain=MICROSOFT, interleaved=0)
 
-    def _written_attention(self, index: int, qkv: tuple[str, str, str], heads: int, kv_heads: int, here: str) -> str:
+    def _written_attention(self, layer: int, qkv: tuple[str, str, str], heads: int, kv_heads: int, here: str) -> str:
         """Scaled dot-product attention in plain operators; the query heads of a group share its keys by reshaping."""
-        graph, size, group = self.graph, self.sizes.head_dim, self.sizes.group
+        graph, size, group = self.graph, self.sizes.head_dim, heads // kv_heads
         query = self._rotated(self._heads_first(qkv[0], heads, f"{here}.q"), f"{here}.q.rotated")
         key = self._rotated(self._heads_first(qkv[1], kv_heads, f"{here}.k"), f"{here}.k.rotated")
         val = self._heads_first(qkv[2], kv_heads, f"{here}.v")
-        past = f"past_key_values.{index}"
-        keys = graph.node("Concat", [f"{past}.key", key], f"present.{index}.key", axis=2)
-        values = graph.node("Concat", [f"{past}.value", val], f"present.{index}.value", axis=2)
+        past = f"past_key_values.{layer}"
+        keys = graph.node("Concat", [f"{past}.key", key], f"present.{layer}.key", axis=2)
+        values = graph.node("Concat", [f"{past}.value", val], f"present.{layer}.value", axis=2)
         grouped = graph.node("Reshape", [query, graph.integers(0, kv_heads, -1, size)], f"{here}.q.grouped")
         scores = graph.node(
             "FusedMatMul", [grouped, keys], f"{here}.scores", domain=MICROSOFT, transB=1, alpha=self.attention_scale
@@ -363,21 +367,39 @@ class Emitter:
         gated = graph.node("Mul", [active, up], f"{here}.gated")
         return self.linear([f"{prefix}.down_proj"], gated, f"{here}.output", rows[0])[0][0]
 
+    def entered(self, state: str, added: str, weight: str, result: str) -> tuple[str, str]:
+        """The norm of a state to which ``added`` (if anything) is still to be added, and the state itself."""
+        if not added:
+            return self.norm(state, weight, result), state
+        return self.add_norm(state, added, weight, result)
+
+    def sublayer(self, state: str, added: str, index: int, kind: str) -> tuple[str, str]:
+        """The state in front of a sublayer that is there, and what it adds; its bias is all that is left of others."""
+        block, here, factor = f"model.layers.{index}", f"block.{index}.{kind}", self.sizes.scales.residual
+        front, last, entrance = "input_layernorm", "self_attn.o_proj", f"block.{index}.input"
+        if kind == "mlp":
+            front, last, entrance = "post_attention_layernorm", "mlp.down_proj", f"block.{index}.middle"
+        if self.has(f"{block}.{last}"):
+            normed, state = self.entered(state, added, f"{block}.{front}.weight", entrance)
+            output = self.attention(index, normed) if kind == "attention" else self.feed_forward(index, normed)
+            return state, self.scaled(output, factor, f"{here}.scaled")
+        if f"{block}.{last}.bias" not in self.tensors:
+            return state, added
+        if added:
+            state = self.graph.node("Add", [state, added], f"{here}.state")
+        constant = self.scaled(self.vector(f"{block}.{last}.bias"), factor, f"{here}.scaled")
+        return self.graph.node("Add", [state, constant], f"{here}.constant"), ""
+
     def model(self) -> onnx.ModelProto:
         """The whole graph."""
         sizes = self.sizes
         self.positions()
         scales = sizes.scales
-        state = self.scaled(self.embedding(), scales.embedding, "embedded.scaled")
-        normed = self.norm(state, "model.layers.0.input_layernorm.weight", "block.0.input")
+        state, added = self.scaled(self.embedding(), scales.embedding, "embedded.scaled"), ""
         for index in range(sizes.depth):
-            mixed = self.scaled(self.attention(index, normed), scales.residual, f"block.{index}.attention.scaled")
-            weight = f"model.layers.{index}.post_attention_layernorm.weight"
-            normed, state = self.add_norm(state, mixed, weight, f"block.{index}.middle")
-            output = self.scaled(self.feed_forward(index, normed), scales.residual, f"block.{index}.mlp.scaled")
-            last = index + 1 == sizes.depth
-            weight = "model.norm.weight" if last else f"model.layers.{index + 1}.input_layernorm.weight"
-            normed, state = self.add_norm(state, output, weight, "final" if last else f"block.{index + 1}.input")
+            state, added = self.sublayer(state, added, index, "attention")
+            state, added = self.sublayer(state, added, index, "mlp")
+        normed, _ = self.entered(state, added, "model.norm.weight", "final")
         table = "model.embed_tokens" if sizes.tied else "lm_head"
         raw = "logits" if scales.logits == 1 else "logits.raw"
         self.linear([table], normed, raw, sizes.hidden)

@@ -17,6 +17,7 @@ from amoeba_deploy.errors import BadInput
 from amoeba_deploy.extraction import copy_model
 from amoeba_deploy.model_folder import ModelFolder, load_torch_model
 from amoeba_deploy.precision import StorageFormat
+from amoeba_deploy.ragged import Layout
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -55,6 +56,9 @@ class TorchBackend:
 
     def precisions(self) -> tuple[str, ...]:
         return tuple(_DTYPES)
+
+    def layouts(self) -> tuple[Layout, ...]:
+        return ("uniform", "ragged")
 
     def storage(self, precision: str) -> StorageFormat:
         size = _BYTES[precision]

@@ -11,7 +11,7 @@ from typing import Any
 
 from amoeba_deploy.architecture import Architecture
 from amoeba_deploy.errors import BadInput
-from amoeba_deploy.families.family import Family
+from amoeba_deploy.families.family import RAGGED, Family
 
 _FAMILIES = (
     "gemma2",
@@ -38,7 +38,7 @@ def family_of(config: dict[str, Any]) -> Family:
     Raises:
         BadInput: the config names no family, or one that is not known.
     """
-    name = config.get("model_type")
+    name = config.get("base_model_type" if config.get("model_type") == RAGGED else "model_type")
     if name == "gemma3":
         raise BadInput(
             "config.json has model_type 'gemma3', which is text and vision in one; take its text model, saved by "

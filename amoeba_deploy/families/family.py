@@ -46,6 +46,10 @@ MLP_BIASES: Tensors = {
     "mlp.up_proj.bias": ("neuron",),
     "mlp.down_proj.bias": ("hidden",),
 }
+OUTPUT_BIASES = ("self_attn.o_proj.bias", "mlp.down_proj.bias")
+"""What a sublayer adds whatever its units give: of attention, of feed-forward."""
+RAGGED = "amoeba_ragged"
+"""The ``model_type`` of a subnet whose blocks differ; its family stands in ``base_model_type``."""
 QK_NORMS: Tensors = {"self_attn.q_norm.weight": ("head",), "self_attn.k_norm.weight": ("head",)}
 
 

@@ -11,6 +11,7 @@ A search asks for thousands of estimates, so all is plain arithmetic.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from amoeba_deploy.architecture import Architecture
 from amoeba_deploy.errors import LatencyUnknown
@@ -38,8 +39,12 @@ def estimate(
     precision: str,
     workload: Workload,
     context: int,
+    parts: Sequence[Architecture] = (),
 ) -> Prediction:
     """TPOT, TTFT and memory of a model on a device, from the device's figures.
+
+    Where blocks differ, ``parts`` are runs of blocks that are alike, each with its own depth; embedding and head are
+    those of ``architecture``, which is also the only part where none is given.
 
     TPOT = (block and head weights + KV cache at prompt + tokens / 2) / (bandwidth x efficiency) + overheads
 
@@ -55,38 +60,54 @@ def estimate(
         LatencyUnknown: the device's bandwidth or compute rate is not known, or it does not list the flow.
     """
     preference = device.preference(flow)
-    overhead = architecture.depth * preference.block_overhead.base + preference.fixed_overhead.base
-    weights = storage.read_bytes(architecture)
+    parts = parts or (architecture,)
+    depth = sum(part.depth for part in parts)
+    overhead = depth * preference.block_overhead.base + preference.fixed_overhead.base
+    weights = sum(part.depth * storage.block_bytes(part) for part in parts) + storage.head_bytes(architecture)
     quantised = storage.matrix_bits < QUANTISED_BITS
-    middle = storage.cache_bytes_at(architecture, workload.prompt + workload.tokens / 2, workload.batch)
-    prompt = storage.cache_bytes_at(architecture, workload.prompt, workload.batch)
+    middle = _cache_bytes(parts, storage, workload.prompt + workload.tokens / 2, workload.batch)
+    prompt = _cache_bytes(parts, storage, workload.prompt, workload.batch)
+    flops = prefill_flops(architecture, workload, parts)
     reading = _reading_ms(weights + prompt, quantised, device)
     return Prediction(
         tpot_ms=_reading_ms(weights + middle, quantised, device) + overhead,
-        ttft_ms=max(_computing_ms(prefill_flops(architecture, workload), precision, device), reading) + overhead,
-        memory_bytes=memory_bytes(architecture, storage, workload, context),
+        ttft_ms=max(_computing_ms(flops, precision, device), reading) + overhead,
+        memory_bytes=memory_bytes(architecture, storage, workload, context, parts),
         source="estimated",
     )
 
 
-def memory_bytes(architecture: Architecture, storage: StorageFormat, workload: Workload, context: int) -> int:
+def _cache_bytes(parts: Sequence[Architecture], storage: StorageFormat, positions: float, batch: int) -> float:
+    return sum(storage.cache_bytes_at(part, positions, batch) for part in parts)
+
+
+def memory_bytes(
+    architecture: Architecture,
+    storage: StorageFormat,
+    workload: Workload,
+    context: int,
+    parts: Sequence[Architecture] = (),
+) -> int:
     """All weights, the KV cache at ``context`` for every sequence, the largest activation, and ``RUNTIME_BYTES``.
 
     The largest activation is the prompt's logits [batch, prompt, vocabulary] or the gate and up projections of one
     block [batch, prompt, 2 x neurons], whichever is larger.
     """
-    widest = max(architecture.vocabulary, 2 * architecture.neurons)
+    parts = parts or (architecture,)
+    widest = max(architecture.vocabulary, *(2 * part.neurons for part in parts))
     activation = workload.batch * workload.prompt * widest * storage.activation_bytes
-    cache = storage.cache_bytes_at(architecture, context, workload.batch)
-    return math.ceil(storage.weight_bytes(architecture) + cache + activation + RUNTIME_BYTES)
+    blocks = sum(part.depth * storage.block_bytes(part) for part in parts)
+    weights = blocks + storage.head_bytes(architecture) + storage.embedding_bytes(architecture)
+    return math.ceil(weights + _cache_bytes(parts, storage, context, workload.batch) + activation + RUNTIME_BYTES)
 
 
-def prefill_flops(architecture: Architecture, workload: Workload) -> int:
+def prefill_flops(architecture: Architecture, workload: Workload, parts: Sequence[Architecture] = ()) -> int:
     """Floating-point operations of the prompt: two a weight and token, and causal attention."""
-    matrices = architecture.depth * architecture.block_matrix_parameters + architecture.embedding_parameters
+    parts = parts or (architecture,)
+    matrices = sum(part.depth * part.block_matrix_parameters for part in parts) + architecture.embedding_parameters
     # Token i attends to i positions: prompt x (prompt + 1) / 2 pairs, each with two products of head_dim, two
     # operations a term.
-    attention = architecture.depth * architecture.heads * architecture.head_dim * (workload.prompt + 1)
+    attention = sum(part.depth * part.heads * part.head_dim for part in parts) * (workload.prompt + 1)
     return 2 * (matrices + attention) * workload.batch * workload.prompt
 
 
