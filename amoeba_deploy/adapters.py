@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from amoeba_deploy.architecture import Architecture
-from amoeba_deploy.cutting import LowRank
 from amoeba_deploy.errors import BadInput, VerificationFailed
+from amoeba_deploy.extraction.cutting import LowRank
 from amoeba_deploy.families import family_of
 from amoeba_deploy.shape import format_width, parse_width
 from amoeba_deploy.tensors import (

@@ -19,14 +19,14 @@ from typing import Any
 from amoeba_deploy import __version__, families
 from amoeba_deploy.adapters import ADAPTERS, Adapters, check_finite, read_adapters
 from amoeba_deploy.architecture import Architecture
-from amoeba_deploy.compensation import Biases, LowRanks, block_biases, with_own_biases
 from amoeba_deploy.errors import BadInput, VerificationFailed
-from amoeba_deploy.extraction import Learnt
+from amoeba_deploy.extraction.compensation import Biases, LowRanks, block_biases, with_own_biases
+from amoeba_deploy.extraction.folder import Learnt
+from amoeba_deploy.extraction.ragged import refuse_ragged
 from amoeba_deploy.files import read_json, require_inside, sha256_of, write_json
 from amoeba_deploy.model_folder import ModelFolder, resolve_model
 from amoeba_deploy.plan import NEURON_MULTIPLE, Plan, Steps, read_plan, sized, subnet_widths
 from amoeba_deploy.quality import WIDTHS, Quality, read_quality
-from amoeba_deploy.ragged import refuse_ragged
 from amoeba_deploy.selection import Selection, read_selection
 from amoeba_deploy.shape import Policy, Shape, parse_width, width_to_json
 

@@ -212,8 +212,8 @@ def select(
     from amoeba_deploy.files import whole_folder
     from amoeba_deploy.model_folder import ModelFolder, resolve_model
     from amoeba_deploy.selection import write_selection
-    from amoeba_deploy.stage1 import Settings
-    from amoeba_deploy.stage1 import select as run_selection
+    from amoeba_deploy.stage1.pipeline import Settings
+    from amoeba_deploy.stage1.pipeline import select as run_selection
 
     settings = Settings(minimum_depth=min_depth, state_memory=int(state_memory), **asked)
     inputs = [Path(name) for name in (model, calibration, width_calibration) if name and Path(name).exists()]
@@ -324,7 +324,7 @@ def checkpoint_import(
     from amoeba_deploy import console
     from amoeba_deploy.checkpoint import open_checkpoint
     from amoeba_deploy.files import whole_folder
-    from amoeba_deploy.released import import_released
+    from amoeba_deploy.released.checkpoint import import_released
 
     with whole_folder(output, force, (released, Path(base))) as folder:
         _, notes = import_released(released, base, folder, name=name, include_base=include_base)
@@ -430,9 +430,9 @@ def extract(
     amoeba extract --shape 8x0.75 --policy adaptive --layout ragged -o subnet --device orin-nx
     """
     from amoeba_deploy import console
+    from amoeba_deploy.extraction.layout_cost import layout_cost
     from amoeba_deploy.files import json_text
     from amoeba_deploy.hub import check_name, upload
-    from amoeba_deploy.layout_cost import layout_cost
     from amoeba_deploy.profiles.device import load_device
     from amoeba_deploy.subnet import Subnet, Wishes, derive_folder
 

@@ -13,8 +13,8 @@ from amoeba_deploy.shape import format_width, width_to_json
 
 if TYPE_CHECKING:
     from amoeba_deploy.checkpoint import Checkpoint
-    from amoeba_deploy.extraction import Extraction
-    from amoeba_deploy.layout_cost import LayoutCost
+    from amoeba_deploy.extraction.folder import Extraction
+    from amoeba_deploy.extraction.layout_cost import LayoutCost
     from amoeba_deploy.profiles.device import Device
     from amoeba_deploy.profiles.table import Table
     from amoeba_deploy.request import Answer, ExportAnswer

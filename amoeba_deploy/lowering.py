@@ -6,10 +6,10 @@ from pathlib import Path
 
 from amoeba_deploy.backends.backend import Backend
 from amoeba_deploy.checkpoint import Checkpoint
-from amoeba_deploy.extraction import extract
+from amoeba_deploy.extraction.folder import extract
+from amoeba_deploy.extraction.ragged import Layout
 from amoeba_deploy.model_folder import ModelFolder
 from amoeba_deploy.plan import Plan
-from amoeba_deploy.ragged import Layout
 
 
 def lower_plan(

@@ -12,10 +12,16 @@ from numpy.typing import NDArray
 
 from amoeba_deploy.architecture import Architecture
 from amoeba_deploy.errors import BadInput
+from amoeba_deploy.extraction.ragged import (
+    block_tensors,
+    has_output_bias,
+    is_ragged,
+    read_block_sizes,
+    require_own_file,
+)
 from amoeba_deploy.families import family_of, read_architecture
 from amoeba_deploy.families.family import Family
 from amoeba_deploy.files import read_json_object, require_inside, sha256_of
-from amoeba_deploy.ragged import block_tensors, has_output_bias, is_ragged, read_block_sizes, require_own_file
 from amoeba_deploy.tensors import CONFIG_DTYPES, INDEX, TensorFolder, as_float32
 
 if TYPE_CHECKING:
@@ -158,7 +164,7 @@ def load_torch_model(folder: Path, dtype: str = "float32") -> PreTrainedModel:
     loader: Any = AutoModelForCausalLM
     config = read_config(folder)
     if is_ragged(config):
-        from amoeba_deploy.modeling_amoeba import AmoebaRaggedForCausalLM
+        from amoeba_deploy.extraction.modeling_amoeba import AmoebaRaggedForCausalLM
 
         require_own_file(folder, config)
         loader = AmoebaRaggedForCausalLM

@@ -28,7 +28,7 @@ from amoeba_deploy.evaluation import (
     text_rows,
     torch_logits,
 )
-from amoeba_deploy.extraction import extract
+from amoeba_deploy.extraction.folder import extract
 from amoeba_deploy.lowering import lower_plan
 from amoeba_deploy.model_folder import load_torch_model
 from amoeba_deploy.progress import Progress

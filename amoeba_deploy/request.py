@@ -16,6 +16,7 @@ from amoeba_deploy.backends.takes import takes_of
 from amoeba_deploy.checkpoint import Checkpoint
 from amoeba_deploy.errors import BadInput, LatencyUnknown
 from amoeba_deploy.export import Export, Order, Phases, export
+from amoeba_deploy.extraction.ragged import refuse_ragged
 from amoeba_deploy.families import read_architecture
 from amoeba_deploy.files import sha256_of
 from amoeba_deploy.model_folder import read_config
@@ -29,10 +30,9 @@ from amoeba_deploy.profiles.table import Table, read_table
 from amoeba_deploy.profiles.workload import Workload
 from amoeba_deploy.progress import Progress
 from amoeba_deploy.quality import Quality
-from amoeba_deploy.ragged import refuse_ragged
 from amoeba_deploy.search import Budget, Candidate, SearchResult, prediction_to_json, quality_to_json
 from amoeba_deploy.shape import Shape, format_width
-from amoeba_deploy.stage1 import default_minimum_depth
+from amoeba_deploy.stage1.pipeline import default_minimum_depth
 from amoeba_deploy.target import Choices, Target, resolve_target, search_target
 
 CONFIG_MINIMUM_WIDTH = Fraction(1, 2)

@@ -14,7 +14,7 @@ from amoeba_deploy.bundle import ENGINE, MANIFEST, read_manifest
 from amoeba_deploy.checkpoint import Checkpoint
 from amoeba_deploy.errors import BadInput
 from amoeba_deploy.evaluation import read_questions, task_accuracy, text_loss, text_rows
-from amoeba_deploy.extraction import extract
+from amoeba_deploy.extraction.folder import extract
 from amoeba_deploy.families import read_architecture
 from amoeba_deploy.model_folder import ModelFolder, load_tokenizer, read_config
 from amoeba_deploy.progress import Progress

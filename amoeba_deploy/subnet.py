@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 from amoeba_deploy import families
 from amoeba_deploy.backends.takes import Takes, takes_of
 from amoeba_deploy.checkpoint import Checkpoint
-from amoeba_deploy.compensation import compensate
 from amoeba_deploy.errors import BadInput
 from amoeba_deploy.evaluation import SEQUENCE, file_digest, text_loss, text_rows, torch_logits
-from amoeba_deploy.extraction import (
+from amoeba_deploy.extraction.compensation import compensate
+from amoeba_deploy.extraction.folder import (
     DTYPES,
     SHARD_BYTES,
     Extraction,
@@ -27,12 +27,12 @@ from amoeba_deploy.extraction import (
     model_dtype,
     written_sizes,
 )
+from amoeba_deploy.extraction.native_layouts import native_blocks
+from amoeba_deploy.extraction.ragged import BlockSizes, Layout
 from amoeba_deploy.files import whole_folder
 from amoeba_deploy.model_folder import load_torch_model
-from amoeba_deploy.native_layouts import native_blocks
 from amoeba_deploy.plan import Plan, Steps
 from amoeba_deploy.progress import Progress
-from amoeba_deploy.ragged import BlockSizes, Layout
 from amoeba_deploy.shape import Policy
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ import numpy as np
 from amoeba_deploy.architecture import Architecture
 from amoeba_deploy.backends import load_backend
 from amoeba_deploy.backends.backend import Engine
-from amoeba_deploy.extraction import extract
+from amoeba_deploy.extraction.folder import extract
 from amoeba_deploy.model_folder import ModelFolder
 from amoeba_deploy.plan import Plan, block_plan
 from amoeba_deploy.profiles.measure import measure

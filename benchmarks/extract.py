@@ -151,7 +151,7 @@ def child(kind: str, source: Path, output: Path) -> dict[str, float]:
     watch = AnonymousMemory()
     if kind == "extract":
         from amoeba_deploy.checkpoint import open_checkpoint
-        from amoeba_deploy.extraction import extract
+        from amoeba_deploy.extraction.folder import extract
 
         checkpoint = open_checkpoint(source)
         plan = checkpoint.plan_of(f"{checkpoint.architecture.depth}x{WIDTH}")

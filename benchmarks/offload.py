@@ -69,7 +69,7 @@ def report(model: ModelFolder, work: Path, arguments: argparse.Namespace) -> Non
     print(f"{sizes.depth} blocks of {sizes.block_parameters / 1e6:.0f} M, {sizes.parameters / 1e9:.2f} B parameters")
     print(f"in float32: model {4 * sizes.parameters / GB:.2f} GB, one block {4 * sizes.block_parameters / GB:.2f} GB")
     print(f"hidden states of the calibration data at all {sizes.depth} boundaries: {sizes.depth * states / GB:.3f} GB")
-    idle, _ = anonymous_peak([sys.executable, "-c", "import torch, transformers, amoeba_deploy.stage1"])
+    idle, _ = anonymous_peak([sys.executable, "-c", "import torch, transformers, amoeba_deploy.stage1.pipeline"])
     select = [sys.executable, "-m", "amoeba_deploy", "select", str(model.path), "--calibration", str(work / "text.txt")]
     select += ["--samples", str(arguments.samples), "--sequence", str(arguments.sequence)]
     for name, options in (("--offload", ["--offload"]), ("all in memory", [])):

@@ -26,18 +26,24 @@ from fractions import Fraction
 from itertools import combinations, islice
 from pathlib import Path
 
-from amoeba_deploy.calibration import Calibration, Metric, question_calibration, read_calibration, text_calibration
 from amoeba_deploy.checkpoint import EMBEDDED
-from amoeba_deploy.compensation import compensate
 from amoeba_deploy.evaluation import read_questions, read_text, task_accuracy, text_loss, text_rows, torch_logits
-from amoeba_deploy.extraction import extract
-from amoeba_deploy.importance import WIDTH_METHODS
+from amoeba_deploy.extraction.compensation import compensate
+from amoeba_deploy.extraction.folder import extract
 from amoeba_deploy.model_folder import ModelFolder, load_torch_model
 from amoeba_deploy.progress import Progress
-from amoeba_deploy.removal import LocalRemover, Removed, Trial, total
 from amoeba_deploy.selection import DepthChoice, Selection
 from amoeba_deploy.shape import Shape, format_width
-from amoeba_deploy.stage1 import STATE_MEMORY, Settings, Stage1
+from amoeba_deploy.stage1.calibration import (
+    Calibration,
+    Metric,
+    question_calibration,
+    read_calibration,
+    text_calibration,
+)
+from amoeba_deploy.stage1.importance import WIDTH_METHODS
+from amoeba_deploy.stage1.pipeline import STATE_MEMORY, Settings, Stage1
+from amoeba_deploy.stage1.removal import LocalRemover, Removed, Trial, total
 
 DEMO = EMBEDDED.parent
 WIDTHS = tuple(Fraction(n, 8) for n in (7, 6, 5, 4))
@@ -92,7 +98,7 @@ class HeldOut:
         return [(loss, 1 - share) for loss, share in zip(losses, wrong, strict=True)]
 
     def _means(self, data: Calibration, metric: Metric, trials: Sequence[Trial]) -> list[float]:
-        from amoeba_deploy.blocks import ResidentBlocks
+        from amoeba_deploy.stage1.blocks import ResidentBlocks
 
         remover = LocalRemover(ResidentBlocks(self.loaded), data.batches, metric, "sublayer", STATE_MEMORY)
         return [total(costs) / data.count for costs in remover.costs(0, trials)]

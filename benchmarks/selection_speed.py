@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 
-from amoeba_deploy.blocks import ResidentBlocks
-from amoeba_deploy.calibration import Batch, running_batch
 from amoeba_deploy.checkpoint import open_checkpoint
-from amoeba_deploy.depth import Column, choose, naive_evaluations, prefix_evaluations
-from amoeba_deploy.importance import activation_moments, merge_batches
 from amoeba_deploy.model_folder import ModelFolder, load_torch_model
-from amoeba_deploy.removal import LocalRemover, Trial, total
+from amoeba_deploy.stage1.blocks import ResidentBlocks
+from amoeba_deploy.stage1.calibration import Batch, running_batch
+from amoeba_deploy.stage1.depth import Column, choose, naive_evaluations, prefix_evaluations
+from amoeba_deploy.stage1.importance import activation_moments, merge_batches
+from amoeba_deploy.stage1.removal import LocalRemover, Trial, total
 from benchmarks.models import llama_config, random_model
 
 BLOCKS, REMOVALS, KEEP_LAST = 16, 8, 0

@@ -22,7 +22,7 @@ from test_families import TOLERANCE, masked_logits, relative_error, stock_logits
 from amoeba_deploy.adapters import ADAPTERS, Adapters, matrices, read_adapters, tensor_names, width_code, write_adapters
 from amoeba_deploy.checkpoint import Checkpoint, create_checkpoint, open_checkpoint
 from amoeba_deploy.errors import BadInput
-from amoeba_deploy.extraction import extract
+from amoeba_deploy.extraction.folder import extract
 from amoeba_deploy.files import read_json_object, write_json
 from amoeba_deploy.model_folder import ModelFolder
 from amoeba_deploy.plan import Plan

@@ -14,19 +14,6 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from amoeba_deploy.blocks import ResidentBlocks
-from amoeba_deploy.calibration import (
-    TOKENS_AT_ONCE,
-    Batch,
-    Calibration,
-    Metric,
-    batch_cost,
-    metric_value,
-    question_calibration,
-    read_calibration,
-    running_batch,
-    text_calibration,
-)
 from amoeba_deploy.checkpoint import EMBEDDED, Checkpoint
 from amoeba_deploy.errors import BadInput
 from amoeba_deploy.evaluation import (
@@ -38,7 +25,20 @@ from amoeba_deploy.evaluation import (
     torch_logits,
 )
 from amoeba_deploy.model_folder import load_torch_model
-from amoeba_deploy.removal import LocalRemover, Trial, total
+from amoeba_deploy.stage1.blocks import ResidentBlocks
+from amoeba_deploy.stage1.calibration import (
+    TOKENS_AT_ONCE,
+    Batch,
+    Calibration,
+    Metric,
+    batch_cost,
+    metric_value,
+    question_calibration,
+    read_calibration,
+    running_batch,
+    text_calibration,
+)
+from amoeba_deploy.stage1.removal import LocalRemover, Trial, total
 
 DEMO = EMBEDDED.parent
 TEXT, QUESTIONS = DEMO / "validation.txt", DEMO / "questions.jsonl"

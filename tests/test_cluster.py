@@ -12,14 +12,14 @@ import psutil
 import pytest
 from conftest import QUIET
 
-from amoeba_deploy.calibration import Calibration, read_calibration
 from amoeba_deploy.checkpoint import EMBEDDED, Checkpoint
-from amoeba_deploy.cluster import Cluster, shares
 from amoeba_deploy.errors import BadInput
-from amoeba_deploy.lanes import processors
 from amoeba_deploy.model_folder import ModelFolder
 from amoeba_deploy.selection import Selection, write_selection
-from amoeba_deploy.stage1 import Settings, select
+from amoeba_deploy.stage1.calibration import Calibration, read_calibration
+from amoeba_deploy.stage1.cluster import Cluster, shares
+from amoeba_deploy.stage1.lanes import processors
+from amoeba_deploy.stage1.pipeline import Settings, select
 
 ray = pytest.importorskip("ray")
 

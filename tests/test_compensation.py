@@ -19,16 +19,16 @@ import torch
 from conftest import keep_layers, random_selection
 from test_families import IDS, mask, relative_error
 
-from amoeba_deploy.blocks import ResidentBlocks
-from amoeba_deploy.calibration import running_batch
-from amoeba_deploy.compensation import block_biases, compensate, removed_mean
 from amoeba_deploy.errors import BadInput
-from amoeba_deploy.extraction import Learnt, extract
-from amoeba_deploy.importance import activation_moments, block_scores, merge_batches
+from amoeba_deploy.extraction.compensation import block_biases, compensate, removed_mean
+from amoeba_deploy.extraction.folder import Learnt, extract
 from amoeba_deploy.model_folder import ModelFolder, load_torch_model
 from amoeba_deploy.plan import Plan, make_plan
 from amoeba_deploy.selection import Selection
 from amoeba_deploy.shape import Shape
+from amoeba_deploy.stage1.blocks import ResidentBlocks
+from amoeba_deploy.stage1.calibration import running_batch
+from amoeba_deploy.stage1.importance import activation_moments, block_scores, merge_batches
 
 # Both sides compute in float32; the mean's contribution is summed once here and at every token there.
 TOLERANCE = 1e-5

@@ -21,8 +21,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from amoeba_deploy.blocks import ResidentBlocks, StreamedBlocks, Units
-from amoeba_deploy.calibration import (
+from amoeba_deploy.checkpoint import EMBEDDED, Checkpoint
+from amoeba_deploy.errors import BadInput
+from amoeba_deploy.evaluation import read_questions
+from amoeba_deploy.model_folder import ModelFolder, load_torch_model
+from amoeba_deploy.progress import Progress
+from amoeba_deploy.selection import Selection, write_selection
+from amoeba_deploy.stage1.blocks import ResidentBlocks, StreamedBlocks, Units
+from amoeba_deploy.stage1.calibration import (
     Batch,
     Calibration,
     Metric,
@@ -31,23 +37,17 @@ from amoeba_deploy.calibration import (
     question_calibration,
     running_batch,
 )
-from amoeba_deploy.checkpoint import EMBEDDED, Checkpoint
-from amoeba_deploy.depth import Column, choose, naive_evaluations, prefix_evaluations
-from amoeba_deploy.depth_baselines import (
+from amoeba_deploy.stage1.depth import Column, choose, naive_evaluations, prefix_evaluations
+from amoeba_deploy.stage1.depth_baselines import (
     angular_distance,
     first_blocks,
     last_token_states,
     least_important,
     nearest_runs,
 )
-from amoeba_deploy.errors import BadInput
-from amoeba_deploy.evaluation import read_questions
-from amoeba_deploy.gradients import taylor_saliences
-from amoeba_deploy.model_folder import ModelFolder, load_torch_model
-from amoeba_deploy.progress import Progress
-from amoeba_deploy.removal import Costs, LocalRemover, Removed, Trial, Work, total
-from amoeba_deploy.selection import Selection, write_selection
-from amoeba_deploy.stage1 import Settings, Stage1, select
+from amoeba_deploy.stage1.gradients import taylor_saliences
+from amoeba_deploy.stage1.pipeline import Settings, Stage1, select
+from amoeba_deploy.stage1.removal import Costs, LocalRemover, Removed, Trial, Work, total
 
 DEMO = EMBEDDED.parent
 TEXT, QUESTIONS = DEMO / "validation.txt", DEMO / "questions.jsonl"

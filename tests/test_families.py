@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 
 from amoeba_deploy.backends import load_backend
 from amoeba_deploy.errors import BadInput
-from amoeba_deploy.extraction import extract
+from amoeba_deploy.extraction.folder import extract
 from amoeba_deploy.families import families, family_of, read_architecture
 from amoeba_deploy.model_folder import ModelFolder
 from amoeba_deploy.plan import BlockPlan, Plan, Steps, block_plan

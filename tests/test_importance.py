@@ -19,11 +19,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from amoeba_deploy.architecture import Architecture
-from amoeba_deploy.blocks import ResidentBlocks, StreamedBlocks
-from amoeba_deploy.calibration import Batch, Calibration, question_calibration, running_batch
 from amoeba_deploy.evaluation import Question
-from amoeba_deploy.gradients import taylor_saliences
-from amoeba_deploy.importance import (
+from amoeba_deploy.model_folder import ModelFolder, load_torch_model
+from amoeba_deploy.selection import BlockScores
+from amoeba_deploy.stage1.blocks import ResidentBlocks, StreamedBlocks
+from amoeba_deploy.stage1.calibration import Batch, Calibration, question_calibration, running_batch
+from amoeba_deploy.stage1.gradients import taylor_saliences
+from amoeba_deploy.stage1.importance import (
     MATRICES,
     WIDTH_METHODS,
     BlockMoments,
@@ -34,11 +36,9 @@ from amoeba_deploy.importance import (
     merge_batches,
     standardise,
 )
-from amoeba_deploy.lanes import Lanes
-from amoeba_deploy.model_folder import ModelFolder, load_torch_model
-from amoeba_deploy.moments import Moments, Vector, merge, moments_of
-from amoeba_deploy.selection import BlockScores
-from amoeba_deploy.stage1 import Settings, Stage1
+from amoeba_deploy.stage1.lanes import Lanes
+from amoeba_deploy.stage1.moments import Moments, Vector, merge, moments_of
+from amoeba_deploy.stage1.pipeline import Settings, Stage1
 
 MEMORY = 10**9
 FAMILIES = (

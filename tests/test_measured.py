@@ -26,7 +26,7 @@ from amoeba_deploy.evaluation import (
     text_rows,
     torch_logits,
 )
-from amoeba_deploy.extraction import extract
+from amoeba_deploy.extraction.folder import extract
 from amoeba_deploy.interpolation import over_shapes
 from amoeba_deploy.model_folder import ModelFolder, load_torch_model
 from amoeba_deploy.plan import sized, subnet_widths

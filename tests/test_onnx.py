@@ -20,7 +20,7 @@ from amoeba_deploy.backends import load_backend
 from amoeba_deploy.backends.backend import Engine, Ids
 from amoeba_deploy.block_quantisation import dequantise, quantise
 from amoeba_deploy.errors import BadInput, ToolchainMissing, VerificationFailed
-from amoeba_deploy.extraction import extract
+from amoeba_deploy.extraction.folder import extract
 from amoeba_deploy.model_folder import ModelFolder
 from amoeba_deploy.plan import Plan, block_plan
 from amoeba_deploy.quality_measurement import measured_precisions
@@ -269,7 +269,7 @@ def test_exchanged_matrices_are_caught(
     A quantised engine is held to its own weights, so there the matrices' values change places after lowering, in the
     file that the graph reads but not in the one that the reference is made from.
     """
-    from amoeba_deploy.extraction import copy_model
+    from amoeba_deploy.extraction.folder import copy_model
 
     model = models("llama-multihead")
     names = {f"model.layers.1.{a}.weight": f"model.layers.1.{b}.weight" for a, b in ((first, second), (second, first))}

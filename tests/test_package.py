@@ -105,7 +105,7 @@ def test_the_source_archive_holds_what_building_and_testing_need(source_files: s
     "name",
     [
         "amoeba_deploy/py.typed",
-        "amoeba_deploy/modeling_amoeba.py",
+        "amoeba_deploy/extraction/modeling_amoeba.py",
         "amoeba_deploy/profiles/devices/orin-nx.toml",
         "amoeba_deploy/demo/checkpoint/amoeba.json",
         "amoeba_deploy/demo/checkpoint/selection.json",

@@ -28,8 +28,8 @@ from test_cli_errors import sentence
 
 from amoeba_deploy.errors import BadInput
 from amoeba_deploy.model_folder import ModelFolder
-from amoeba_deploy.pickled import PickledArray, read_pickled_dict
-from amoeba_deploy.released import _Strategy
+from amoeba_deploy.released.checkpoint import _Strategy
+from amoeba_deploy.released.pickled import PickledArray, read_pickled_dict
 
 Models = Callable[[str], ModelFolder]
 NPY = "dp_selection_strategy.npy"

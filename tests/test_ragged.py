@@ -26,19 +26,19 @@ from amoeba_deploy import families
 from amoeba_deploy.architecture import Architecture
 from amoeba_deploy.backends import load_backend
 from amoeba_deploy.checkpoint import Checkpoint, create_checkpoint
-from amoeba_deploy.compensation import block_biases
 from amoeba_deploy.errors import BadInput, LatencyUnknown
-from amoeba_deploy.extraction import DTYPES, NOTHING, Extraction, Learnt, extract
-from amoeba_deploy.layout_cost import layout_cost, ragged_cost
+from amoeba_deploy.extraction.compensation import block_biases
+from amoeba_deploy.extraction.folder import DTYPES, NOTHING, Extraction, Learnt, extract
+from amoeba_deploy.extraction.layout_cost import layout_cost, ragged_cost
+from amoeba_deploy.extraction.native_layouts import common_heads, deci_blocks, gguf_arrays
+from amoeba_deploy.extraction.ragged import MODELLING_FILE, BlockSizes, plan_sizes
 from amoeba_deploy.lowering import lower_plan
 from amoeba_deploy.model_folder import ModelFolder, load_torch_model
-from amoeba_deploy.native_layouts import common_heads, deci_blocks, gguf_arrays
 from amoeba_deploy.plan import BlockPlan, Plan, block_plan
 from amoeba_deploy.precision import StorageFormat
 from amoeba_deploy.profiles.device import load_device
 from amoeba_deploy.profiles.roofline import estimate
 from amoeba_deploy.profiles.workload import Workload
-from amoeba_deploy.ragged import MODELLING_FILE, BlockSizes, plan_sizes
 from amoeba_deploy.shape import Shape
 from amoeba_deploy.verification import verify_artefact
 

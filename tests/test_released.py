@@ -22,7 +22,7 @@ from test_families import IDS, relative_error, stock_logits
 
 from amoeba_deploy.checkpoint import Checkpoint, open_checkpoint
 from amoeba_deploy.model_folder import ModelFolder
-from amoeba_deploy.released import exact_ratio
+from amoeba_deploy.released.checkpoint import exact_ratio
 from amoeba_deploy.shape import Shape
 from amoeba_deploy.tensors import read_header
 

@@ -16,13 +16,13 @@ from conftest import QUIET, save_random_model
 from jsonschema import Draft202012Validator, ValidationError
 from released import make_released
 
-from amoeba_deploy.calibration import read_calibration
 from amoeba_deploy.checkpoint import create_checkpoint
 from amoeba_deploy.cli import main
 from amoeba_deploy.model_folder import ModelFolder
 from amoeba_deploy.quality import write_quality
 from amoeba_deploy.quality_measurement import measure_quality
 from amoeba_deploy.selection import DepthChoice, read_selection, write_selection
+from amoeba_deploy.stage1.calibration import read_calibration
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

@@ -22,7 +22,7 @@ from test_families import IDS, TOLERANCE, mask, masked_logits, relative_error, s
 from amoeba_deploy.architecture import Architecture
 from amoeba_deploy.checkpoint import Checkpoint, create_checkpoint
 from amoeba_deploy.errors import BadInput
-from amoeba_deploy.extraction import extract
+from amoeba_deploy.extraction.folder import extract
 from amoeba_deploy.model_folder import ModelFolder, load_torch_model
 from amoeba_deploy.plan import (
     Plan,

@@ -16,16 +16,16 @@ from conftest import QUIET, amoeba
 from hypothesis import given
 from hypothesis import strategies as st
 
-from amoeba_deploy.blocks import ResidentBlocks, StreamedBlocks
-from amoeba_deploy.calibration import Batch, Calibration, Metric, batch_cost, metric_value, read_calibration
 from amoeba_deploy.checkpoint import EMBEDDED, Checkpoint
-from amoeba_deploy.depth import choose, naive_evaluations, prefix_evaluations
 from amoeba_deploy.errors import BadInput
-from amoeba_deploy.interrupted import SavedTable
 from amoeba_deploy.model_folder import ModelFolder, load_torch_model
-from amoeba_deploy.removal import LocalRemover, Removed, Trial, Work, total
 from amoeba_deploy.selection import Selection, read_selection, write_selection
-from amoeba_deploy.stage1 import Settings, Stage1, select
+from amoeba_deploy.stage1.blocks import ResidentBlocks, StreamedBlocks
+from amoeba_deploy.stage1.calibration import Batch, Calibration, Metric, batch_cost, metric_value, read_calibration
+from amoeba_deploy.stage1.depth import choose, naive_evaluations, prefix_evaluations
+from amoeba_deploy.stage1.interrupted import SavedTable
+from amoeba_deploy.stage1.pipeline import Settings, Stage1, select
+from amoeba_deploy.stage1.removal import LocalRemover, Removed, Trial, Work, total
 
 DEMO = EMBEDDED.parent
 MEMORY = 10**9
@@ -101,7 +101,7 @@ def test_blocks_and_metrics_are_those_of_every_cell_on_the_whole_model(
 def test_every_family_gives_the_losses_of_the_whole_model_in_memory_and_from_disk(
     name: str, models: Callable[[str], ModelFolder]
 ) -> None:
-    from amoeba_deploy.calibration import running_batch
+    from amoeba_deploy.stage1.calibration import running_batch
 
     folder = models(name)
     batches = [running_batch(np.random.default_rng(i).integers(0, 128, (3, 20)).tolist()) for i in range(3)]
@@ -118,7 +118,7 @@ def test_every_family_gives_the_losses_of_the_whole_model_in_memory_and_from_dis
 
 
 def test_sublayers_are_removed_as_if_they_added_nothing(models: Callable[[str], ModelFolder]) -> None:
-    from amoeba_deploy.calibration import running_batch
+    from amoeba_deploy.stage1.calibration import running_batch
 
     folder = models("llama-biases")
     batch = running_batch(np.random.default_rng(0).integers(0, 128, (3, 20)).tolist())
@@ -293,7 +293,7 @@ def test_a_full_model_whose_logits_are_not_finite_is_named(tmp_path: Path) -> No
     from conftest import save_random_model
     from safetensors.numpy import load_file, save_file
 
-    from amoeba_deploy.calibration import text_calibration
+    from amoeba_deploy.stage1.calibration import text_calibration
 
     folder = save_random_model(tmp_path / "model", "llama")
     tensors = load_file(folder.path / "model.safetensors")

@@ -21,7 +21,7 @@ import amoeba_deploy
 from amoeba_deploy.backends.takes import takes_of
 from amoeba_deploy.checkpoint import Checkpoint, create_checkpoint
 from amoeba_deploy.errors import BadInput
-from amoeba_deploy.extraction import extract
+from amoeba_deploy.extraction.folder import extract
 from amoeba_deploy.families import compensated, held_by
 from amoeba_deploy.model_folder import ModelFolder
 from amoeba_deploy.plan import Steps, sized

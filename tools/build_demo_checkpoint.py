@@ -29,7 +29,7 @@ from amoeba_deploy.progress import Progress
 from amoeba_deploy.quality import write_quality
 from amoeba_deploy.quality_measurement import measure_quality
 from amoeba_deploy.selection import write_selection
-from amoeba_deploy.stage1 import select
+from amoeba_deploy.stage1.pipeline import select
 
 DEMO = Path(__file__).parent.parent / "amoeba_deploy" / "demo"
 NAME = "amoeba-demo-7m"

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from amoeba_deploy.architecture import Architecture
 from amoeba_deploy.errors import BadInput
+from amoeba_deploy.extraction.ragged import Layout
 from amoeba_deploy.model_folder import ModelFolder
 from amoeba_deploy.precision import StorageFormat
-from amoeba_deploy.ragged import Layout
 
 Ids = NDArray[np.int64]
 

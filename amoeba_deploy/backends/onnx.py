@@ -20,11 +20,11 @@ from amoeba_deploy.backends.backend import EXACT_TOLERANCE, Ids, Toolchain, inst
 from amoeba_deploy.backends.takes import takes_of
 from amoeba_deploy.block_quantisation import BLOCK, dequantise, quantise
 from amoeba_deploy.errors import BadInput, ToolchainMissing
-from amoeba_deploy.extraction import copy_model, copy_other_files
+from amoeba_deploy.extraction.folder import copy_model, copy_other_files
+from amoeba_deploy.extraction.ragged import Layout
 from amoeba_deploy.files import write_json
 from amoeba_deploy.model_folder import ModelFolder
 from amoeba_deploy.precision import StorageFormat
-from amoeba_deploy.ragged import Layout
 from amoeba_deploy.tensors import Array, TensorInfo, TensorSource, as_float32, made_source, read_header, write_tensors
 
 GRAPH = "model.onnx"

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from amoeba_deploy.architecture import Architecture
 from amoeba_deploy.backends.backend import EXACT_TOLERANCE, Ids, Toolchain, installed_versions
 from amoeba_deploy.errors import BadInput
-from amoeba_deploy.extraction import copy_model
+from amoeba_deploy.extraction.folder import copy_model
+from amoeba_deploy.extraction.ragged import Layout
 from amoeba_deploy.model_folder import ModelFolder, load_torch_model
 from amoeba_deploy.precision import StorageFormat
-from amoeba_deploy.ragged import Layout
 
 if TYPE_CHECKING:
     from transformers import Cache

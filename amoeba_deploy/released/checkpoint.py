@@ -28,8 +28,8 @@ from amoeba_deploy.errors import BadInput
 from amoeba_deploy.files import sha256_of
 from amoeba_deploy.masks import BIASED, FULL, BlockMask, Masks
 from amoeba_deploy.model_folder import ModelFolder, resolve_model
-from amoeba_deploy.pickled import PickledArray, read_pickled_dict
-from amoeba_deploy.released_adapters import LINEARS, PREFIX, import_adapters
+from amoeba_deploy.released.adapters import LINEARS, PREFIX, import_adapters
+from amoeba_deploy.released.pickled import PickledArray, read_pickled_dict
 from amoeba_deploy.selection import DepthChoice, Selection, write_selection
 from amoeba_deploy.shape import format_width
 

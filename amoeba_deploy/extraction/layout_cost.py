@@ -12,13 +12,13 @@ from typing import Any
 from amoeba_deploy.architecture import Architecture
 from amoeba_deploy.backends import load_backend
 from amoeba_deploy.errors import AmoebaError, LatencyUnknown
+from amoeba_deploy.extraction.ragged import Layout, plan_sizes
 from amoeba_deploy.plan import Plan
 from amoeba_deploy.precision import StorageFormat
 from amoeba_deploy.profiles.device import Device
 from amoeba_deploy.profiles.prediction import Prediction
 from amoeba_deploy.profiles.roofline import estimate
 from amoeba_deploy.profiles.workload import DEFAULT_CONTEXT, Workload
-from amoeba_deploy.ragged import Layout, plan_sizes
 
 
 @dataclass(frozen=True)

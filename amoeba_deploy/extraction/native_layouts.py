@@ -13,8 +13,8 @@ from typing import Any
 
 from amoeba_deploy.architecture import Architecture
 from amoeba_deploy.errors import BadInput
+from amoeba_deploy.extraction.ragged import BlockSizes, plan_sizes
 from amoeba_deploy.plan import Plan
-from amoeba_deploy.ragged import BlockSizes, plan_sizes
 
 DECI_NEURON_MULTIPLE = 256
 """Readers of ``block_configs`` round a block's neurons up to a multiple of this."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from amoeba_deploy.cutting import LowRank, times_vector
+from amoeba_deploy.extraction.cutting import LowRank, times_vector
 from amoeba_deploy.model_folder import ModelFolder
 from amoeba_deploy.plan import BlockPlan, Plan
 from amoeba_deploy.selection import Selection

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from amoeba_deploy.depth import Column
 from amoeba_deploy.errors import BadInput
 from amoeba_deploy.files import cache_folder, json_text, read_json, whole_file
+from amoeba_deploy.stage1.depth import Column
 
 TABLE_FORMAT = "amoeba.depth-table/1"
 

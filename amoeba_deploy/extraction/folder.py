@@ -23,14 +23,10 @@ import numpy as np
 
 from amoeba_deploy import __version__, families
 from amoeba_deploy.architecture import Architecture
-from amoeba_deploy.cutting import LowRank, axis_cut, block_cuts, cut_source
 from amoeba_deploy.errors import BadInput
-from amoeba_deploy.families.family import OUTPUT_BIASES
-from amoeba_deploy.files import write_json
-from amoeba_deploy.model_card import model_card
-from amoeba_deploy.model_folder import ModelFolder
-from amoeba_deploy.plan import SUBNET_FORMAT, BlockPlan, Plan
-from amoeba_deploy.ragged import (
+from amoeba_deploy.extraction.cutting import LowRank, axis_cut, block_cuts, cut_source
+from amoeba_deploy.extraction.model_card import model_card
+from amoeba_deploy.extraction.ragged import (
     MODELLING_FILE,
     BlockSizes,
     Layout,
@@ -39,6 +35,10 @@ from amoeba_deploy.ragged import (
     ragged_config,
     refuse_ragged,
 )
+from amoeba_deploy.families.family import OUTPUT_BIASES
+from amoeba_deploy.files import write_json
+from amoeba_deploy.model_folder import ModelFolder
+from amoeba_deploy.plan import SUBNET_FORMAT, BlockPlan, Plan
 from amoeba_deploy.tensors import (
     CONFIG_DTYPES,
     Array,

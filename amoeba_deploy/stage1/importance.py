@@ -29,12 +29,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from amoeba_deploy.architecture import Architecture
-from amoeba_deploy.blocks import Blocks, Forward, chunks
-from amoeba_deploy.calibration import Batch
-from amoeba_deploy.lanes import Lanes
 from amoeba_deploy.model_folder import ModelFolder
-from amoeba_deploy.moments import Moments, Vector, merge, moments_of
 from amoeba_deploy.selection import BlockScores
+from amoeba_deploy.stage1.blocks import Blocks, Forward, chunks
+from amoeba_deploy.stage1.calibration import Batch
+from amoeba_deploy.stage1.lanes import Lanes
+from amoeba_deploy.stage1.moments import Moments, Vector, merge, moments_of
 
 if TYPE_CHECKING:
     import torch

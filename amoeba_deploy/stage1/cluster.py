@@ -19,13 +19,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from amoeba_deploy.blocks import UNITS_A_BLOCK, Blocks, Units, open_blocks
-from amoeba_deploy.calibration import Batch, Calibration, Metric
 from amoeba_deploy.errors import AmoebaError, BadInput, ToolchainMissing
-from amoeba_deploy.importance import BlockMoments, activation_moments
-from amoeba_deploy.lanes import Lanes
 from amoeba_deploy.model_folder import ModelFolder
-from amoeba_deploy.removal import Costs, LocalRemover, Trial, Work
+from amoeba_deploy.stage1.blocks import UNITS_A_BLOCK, Blocks, Units, open_blocks
+from amoeba_deploy.stage1.calibration import Batch, Calibration, Metric
+from amoeba_deploy.stage1.importance import BlockMoments, activation_moments
+from amoeba_deploy.stage1.lanes import Lanes
+from amoeba_deploy.stage1.removal import Costs, LocalRemover, Trial, Work
 
 
 def shares(count: int, parts: int) -> list[range]:

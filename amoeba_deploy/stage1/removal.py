@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from amoeba_deploy.blocks import Blocks, Forward, Units, chunks
-from amoeba_deploy.calibration import Batch, Metric, batch_cost
-from amoeba_deploy.lanes import Lanes
-from amoeba_deploy.states import BoundaryStates
+from amoeba_deploy.stage1.blocks import Blocks, Forward, Units, chunks
+from amoeba_deploy.stage1.calibration import Batch, Metric, batch_cost
+from amoeba_deploy.stage1.lanes import Lanes
+from amoeba_deploy.stage1.states import BoundaryStates
 
 if TYPE_CHECKING:
     import torch

@@ -8,22 +8,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from amoeba_deploy import __version__
-from amoeba_deploy.blocks import UNITS_A_BLOCK, Blocks, Units, open_blocks
-from amoeba_deploy.calibration import Calibration, Metric, metric_value, read_calibration
-from amoeba_deploy.depth import Column, check_finite, choose, naive_evaluations, prefix_evaluations
 from amoeba_deploy.errors import BadInput
 from amoeba_deploy.evaluation import SEQUENCE
-from amoeba_deploy.importance import BlockMoments, WidthMethod, activation_moments, block_scores, merge_batches
-from amoeba_deploy.interrupted import SavedTable
+from amoeba_deploy.extraction.ragged import refuse_ragged
 from amoeba_deploy.model_folder import ModelFolder
-from amoeba_deploy.moments import Vector
 from amoeba_deploy.progress import Progress
-from amoeba_deploy.ragged import refuse_ragged
-from amoeba_deploy.removal import LocalRemover, Removed, Remover, Trial, total
 from amoeba_deploy.selection import BlockScores, DepthChoice, Selection, depth_choice
+from amoeba_deploy.stage1.blocks import UNITS_A_BLOCK, Blocks, Units, open_blocks
+from amoeba_deploy.stage1.calibration import Calibration, Metric, metric_value, read_calibration
+from amoeba_deploy.stage1.depth import Column, check_finite, choose, naive_evaluations, prefix_evaluations
+from amoeba_deploy.stage1.importance import BlockMoments, WidthMethod, activation_moments, block_scores, merge_batches
+from amoeba_deploy.stage1.interrupted import SavedTable
+from amoeba_deploy.stage1.moments import Vector
+from amoeba_deploy.stage1.removal import LocalRemover, Removed, Remover, Trial, total
 
 if TYPE_CHECKING:
-    from amoeba_deploy.cluster import Cluster
+    from amoeba_deploy.stage1.cluster import Cluster
 
 DepthMethod = Literal["dp", "shortened-ppl", "shortened-taylor", "angular", "first"]
 STATE_MEMORY = 4 * 10**9
@@ -98,7 +98,7 @@ class Stage1:
 
     def saliences(self, calibration: Calibration) -> list[tuple[Vector, Vector]]:
         """Taylor saliences of every block's groups and neurons, on this machine."""
-        from amoeba_deploy.gradients import taylor_saliences
+        from amoeba_deploy.stage1.gradients import taylor_saliences
 
         key = str(calibration.facts)
         if key not in self._saliences:
@@ -174,7 +174,7 @@ class Stage1:
         return list(zip(sets, costs, strict=True))
 
     def _one_shot_sets(self, remover: Remover) -> list[Removed]:
-        from amoeba_deploy import depth_baselines as baselines
+        from amoeba_deploy.stage1 import depth_baselines as baselines
 
         candidates, removals = self.model.architecture.depth - self.settings.keep_last, self.removals
         method = self.settings.depth_method
@@ -282,7 +282,7 @@ def select(
     other = None if width_calibration is None else str(width_calibration)
     stage = open_stage1(model, str(calibration), settings, progress, other)
     if settings.workers is not None:
-        from amoeba_deploy.cluster import Cluster
+        from amoeba_deploy.stage1.cluster import Cluster
 
         cluster = Cluster(
             stage.model,

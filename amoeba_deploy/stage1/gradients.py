@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from amoeba_deploy.architecture import Architecture
-from amoeba_deploy.blocks import Blocks, Forward, chunks
-from amoeba_deploy.calibration import Batch
 from amoeba_deploy.families import family_of
-from amoeba_deploy.importance import MATRICES, unit_sums
-from amoeba_deploy.moments import Vector
-from amoeba_deploy.states import BoundaryStates
+from amoeba_deploy.stage1.blocks import Blocks, Forward, chunks
+from amoeba_deploy.stage1.calibration import Batch
+from amoeba_deploy.stage1.importance import MATRICES, unit_sums
+from amoeba_deploy.stage1.moments import Vector
+from amoeba_deploy.stage1.states import BoundaryStates
 
 if TYPE_CHECKING:
     import torch

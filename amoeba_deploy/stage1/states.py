@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from amoeba_deploy.blocks import Forward, state_bytes
-from amoeba_deploy.calibration import Batch
+from amoeba_deploy.stage1.blocks import Forward, state_bytes
+from amoeba_deploy.stage1.calibration import Batch
 
 if TYPE_CHECKING:
     import torch

@@ -15,10 +15,10 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from amoeba_deploy.blocks import Blocks, Forward, chunks
-from amoeba_deploy.calibration import Batch
-from amoeba_deploy.depth import check_finite
-from amoeba_deploy.removal import Removed, Remover, Trial, total
+from amoeba_deploy.stage1.blocks import Blocks, Forward, chunks
+from amoeba_deploy.stage1.calibration import Batch
+from amoeba_deploy.stage1.depth import check_finite
+from amoeba_deploy.stage1.removal import Removed, Remover, Trial, total
 
 if TYPE_CHECKING:
     import torch

@@ -19,9 +19,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from amoeba_deploy.blocks import Units
 from amoeba_deploy.errors import BadInput
-from amoeba_deploy.removal import Removed, Remover, Trial, describe, total
+from amoeba_deploy.stage1.blocks import Units
+from amoeba_deploy.stage1.removal import Removed, Remover, Trial, describe, total
 
 Ranked = list[tuple[Removed, float]]
 """The best sets of a cell, best first, each with its metric's sum over the calibration data (lower is better)."""
