@@ -113,9 +113,10 @@ class Adapters:
         size = info.length // self.experts
         found = np.zeros(info.shape[1:], np.float32)
         expert: Array = np.empty(info.shape[1:], NUMPY_OF[info.dtype])
+        numbers = np.empty(info.shape[1:], np.float32)
         for index in np.flatnonzero(shares):
             self.file.read_into(expert, info.offset + int(index) * size)
-            found += shares[index] * as_float32(expert, info.dtype)
+            found += np.multiply(as_float32(expert, info.dtype), shares[index], out=numbers)
         return found
 
 

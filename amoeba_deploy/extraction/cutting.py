@@ -33,8 +33,9 @@ from amoeba_deploy.tensors import (
 )
 
 _PART_BYTES = 1 << 20
-_CHANGED_BYTES = 1 << 19
+_CHANGED_BYTES = 1 << 18
 """Of parts that are computed on, in float32 and more than one array."""
+_MULTIPLIED_ROWS = 256
 Matrix = NDArray[np.float32]
 
 
@@ -173,24 +174,39 @@ def _cut_parts(
 def _changer(found: str, wanted: str, width: int, added: LowRank | None) -> Callable[[Array, int], Array]:
     """A function from rows [n, width] and the number of the first to the same with what is added, in another dtype.
 
-    All its memory is reused: the steps of one part stay in the processor's cache.
+    All its memory is reused, so that the steps of one part stay in the processor's cache.
     """
     memory: dict[str, Array] = {}
+    product = None if added is None else _Product(added, width)
 
     def change(block: Array, first: int) -> Array:
         count = len(block)
         if not memory or len(memory["numbers"]) < count:
             memory.update(numbers=np.empty((count, width), np.float32), words=np.empty((count, width), np.uint32))
             memory.update(rounded=np.empty((count, width), NUMPY_OF[wanted]))
-            if added is not None:
-                memory.update(product=np.empty((count, width), np.float32))
         numbers = as_float32(block, found, memory["numbers"][:count])
-        if added is not None:
-            product = np.matmul(added.b[first : first + count], added.a, out=memory["product"][:count])
-            numbers += product
+        if product is not None:
+            numbers += product.rows(first, count)
         return from_float32(numbers, wanted, memory["rounded"][:count], memory["words"][:count])
 
     return change
+
+
+class _Product:
+    """The rows of b @ a in ascending order, multiplied many at a time: a product of few rows is slower a row."""
+
+    def __init__(self, added: LowRank, width: int) -> None:
+        self.added, self.begin, self.end = added, 0, 0
+        self.memory: Matrix = np.empty((min(_MULTIPLIED_ROWS, len(added.b)), width), np.float32)
+
+    def rows(self, first: int, count: int) -> Matrix:
+        """Rows ``first`` to ``first + count`` [count, width]; valid until the next call."""
+        if first + count > self.end:
+            self.begin, self.end = first, min(first + max(count, _MULTIPLIED_ROWS), len(self.added.b))
+            if self.end - self.begin > len(self.memory):
+                self.memory = np.empty((self.end - self.begin, self.memory.shape[1]), np.float32)
+            np.matmul(self.added.b[self.begin : self.end], self.added.a, out=self.memory[: self.end - self.begin])
+        return self.memory[first - self.begin : first - self.begin + count]
 
 
 def _row_blocks(
