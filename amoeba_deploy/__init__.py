@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from amoeba_deploy.checkpoint import Checkpoint
+    from amoeba_deploy.api import OneForAll
 
 __all__ = ["open"]
 __version__ = "0.1.0"
 
 
-def open(path: str | Path | None = None) -> Checkpoint:  # noqa: A001 - amoeba_deploy.open, as others' open
+def open(path: str | Path | None = None) -> OneForAll:  # noqa: A001 - amoeba_deploy.open, as others' open
     """Open a one-for-all checkpoint, the one that ships in the package where no path is given.
 
     ``amoeba_deploy.open("checkpoint").extract("24x0.75", "subnet")`` writes a subnet;
@@ -26,6 +26,6 @@ def open(path: str | Path | None = None) -> Checkpoint:  # noqa: A001 - amoeba_d
     Raises:
         BadInput: it is missing or damaged, or its base model is not the one that it was made for.
     """
-    from amoeba_deploy.checkpoint import open_checkpoint
+    from amoeba_deploy.api import open_one_for_all
 
-    return open_checkpoint(None if path is None else Path(path))
+    return open_one_for_all(None if path is None else Path(path))

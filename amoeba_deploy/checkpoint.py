@@ -177,23 +177,6 @@ class Checkpoint:
         masks.biases(plan.blocks[0], width)  # refused now, not while weights are written
         return lambda block: with_own_biases(self.model, block, *masks.biases(block, width))
 
-    def extract(self, shape: str, output: Path | str | None = None, **wishes: Any) -> Any:
-        """Derive a subnet: ``open("checkpoint").extract("24x0.75")``.
-
-        Args:
-            shape: a shape such as 24x0.75, or the path of a plan file.
-            output: the folder to write; left out, the subnet is not kept on disk.
-            wishes: as ``subnet.Wishes`` names them: policy, layout, flow, precision, bias, dtype, multiple, force.
-
-        Returns:
-            The folder's path, or the subnet as a stock transformers model in memory.
-        """
-        from amoeba_deploy.subnet import derive_folder, derive_model
-
-        if output is None:
-            return derive_model(self, shape, **wishes)
-        return derive_folder(self, shape, Path(output), **wishes).path
-
     def origin(self) -> dict[str, Any]:
         """What derived models say about where they come from."""
         known = {"base_model": self.base_name} if self.base_name else {}

@@ -437,9 +437,9 @@ def extract(
     from amoeba_deploy.subnet import Subnet, Wishes, derive_folder
 
     opened, progress = open_named(checkpoint), Progress(quiet)
-    asked = {"bias": None if bias is None else bias == "on", "shard_bytes": int(shard_size), **wishes}
+    asked = Wishes(shape, bias=None if bias is None else bias == "on", shard_bytes=int(shard_size), **wishes)
     if plan_only:
-        subnet = Subnet(opened, Wishes(shape, **asked))
+        subnet = Subnet(opened, asked)
         for note in subnet.notes:
             progress.say(f"note: {note}")
         click.echo(json_text(subnet.plan.to_json()), nl=False)
@@ -450,8 +450,8 @@ def extract(
         check_name(push_to_hub)
     cost = None
     if device:
-        cost = layout_cost(Subnet(opened, Wishes(shape, **asked)).plan, opened.architecture, load_device(device))
-    done = derive_folder(opened, shape, output, force=force, quality_text=quality_text, progress=progress, **asked)
+        cost = layout_cost(Subnet(opened, asked).plan, opened.architecture, load_device(device))
+    done = derive_folder(opened, asked, output, force=force, quality_text=quality_text, progress=progress)
     value = {
         "path": str(output),
         "plan": done.plan.to_json(),

@@ -6,7 +6,6 @@ Everything that can be refused is refused before a tensor is read.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -243,45 +242,39 @@ class Subnet:
 
 def derive_folder(
     checkpoint: Checkpoint,
-    shape: str,
+    wishes: Wishes,
     output: Path,
     *,
     force: bool = False,
     quality_text: Path | None = None,
-    after: Callable[[Path], None] = lambda _: None,
     progress: Progress | None = None,
-    **wishes: Any,
 ) -> Extraction:
     """Decide on a subnet and write its folder, which appears whole or not at all.
 
     Args:
         checkpoint: what to derive from.
-        shape: a shape such as 24x0.75, or the path of a plan file.
+        wishes: the shape, and how it is wanted.
         output: the folder to write.
         force: replace a folder that Amoeba wrote.
         quality_text: a text to measure the loss on before and after.
-        after: called with the folder before it takes its name; what it raises undoes everything.
         progress: told of notes.
-        wishes: the other fields of ``Wishes``.
 
     Raises:
         BadInput: the subnet is refused, or the output may not be written.
     """
     said = progress or Progress(quiet=True)
-    subnet = Subnet(checkpoint, Wishes(shape, **wishes))
+    subnet = Subnet(checkpoint, wishes)
     for note in subnet.notes:
         said.say(f"note: {note}")
     inputs = (checkpoint.path, checkpoint.model.path, *([quality_text] if quality_text else []))
     with whole_folder(output, force, inputs) as folder:
         done = subnet.extract(folder, quality_text, said)
-        after(folder)
     return replace(done, path=output)
 
 
-def derive_model(checkpoint: Checkpoint, shape: str, **wishes: Any) -> PreTrainedModel:
+def derive_model(checkpoint: Checkpoint, wishes: Wishes) -> PreTrainedModel:
     """A subnet as a stock transformers model in memory, in the dtype that was asked for, else the base model's."""
-    asked = Wishes(shape, **wishes)
-    dtype = DTYPES[asked.dtype] if asked.dtype else model_dtype(checkpoint.model)
+    dtype = DTYPES[wishes.dtype] if wishes.dtype else model_dtype(checkpoint.model)
     with tempfile.TemporaryDirectory(prefix="amoeba-subnet-") as work:
-        Subnet(checkpoint, asked).extract(Path(work), None, Progress(quiet=True))
+        Subnet(checkpoint, wishes).extract(Path(work), None, Progress(quiet=True))
         return load_torch_model(Path(work), dtype)

@@ -30,7 +30,7 @@ from amoeba_deploy.files import read_json_object, write_json
 from amoeba_deploy.model_folder import ModelFolder
 from amoeba_deploy.quality import WIDTHS
 from amoeba_deploy.selection import write_selection
-from amoeba_deploy.subnet import derive_folder
+from amoeba_deploy.subnet import Wishes, derive_folder
 from amoeba_deploy.tensors import read_header
 
 SHAPE = "3x0.67"
@@ -207,7 +207,7 @@ def test_a_shard_cut_short_while_it_is_read_is_an_error_and_not_a_crash(tuned: P
     size = (tuned / WEIGHTS).stat().st_size
     os.truncate(tuned / WEIGHTS, size // 2)
     with pytest.raises(BadInput, match="while it was read"):
-        derive_folder(checkpoint, SHAPE, tmp_path / "out", bias=True)
+        derive_folder(checkpoint, Wishes(SHAPE, bias=True), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -301,7 +301,7 @@ def fuzz(folder: Path, output: Path, rounds: int, seed: int) -> tuple[int, int]:
             if name.startswith("base/") and rng.random() < 0.8:
                 seal(folder)
             checkpoint = open_checkpoint(folder)
-            done = derive_folder(checkpoint, SHAPE, output, force=True)
+            done = derive_folder(checkpoint, Wishes(SHAPE), output, force=True)
         except AmoebaError as error:
             refusals += 1
             said = str(error)

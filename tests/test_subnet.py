@@ -54,7 +54,7 @@ def test_compensation_is_exact_in_the_folder(name: str, policy: Any, make: Make,
     checkpoint = make(name, bias=True, policy=policy)
     for shape in ("3x0.67", "4x0.4"):
         output = tmp_path / shape
-        derive_folder(checkpoint, shape, output)
+        derive_folder(checkpoint, Wishes(shape), output)
         plan = checkpoint.plan_of(shape)
         wanted = logits_at_means(checkpoint.model, checkpoint.selection, plan)
         assert relative_error(stock_logits(output), wanted) < TOLERANCE
@@ -62,7 +62,7 @@ def test_compensation_is_exact_in_the_folder(name: str, policy: Any, make: Make,
 
 
 def test_unused_biases_are_zeros(make: Make, tmp_path: Path) -> None:
-    derive_folder(make("mistral"), "3x0.67", tmp_path / "out", bias=True)
+    derive_folder(make("mistral"), Wishes("3x0.67", bias=True), tmp_path / "out")
     subnet = ModelFolder(tmp_path / "out")
     assert subnet.config["model_type"] == "llama"
     assert subnet.architecture.qkv_bias and subnet.architecture.mlp_bias
@@ -79,7 +79,7 @@ def test_heads_that_do_not_divide_hidden_with_biases_are_a_granite_and_it_is_sai
     subnet = Subnet(checkpoint, Wishes("4x0.6"))
     assert subnet.sizes.heads == 5
     assert "written as a Granite" in " ".join(subnet.notes)
-    derive_folder(checkpoint, "4x0.6", tmp_path / "out")
+    derive_folder(checkpoint, Wishes("4x0.6"), tmp_path / "out")
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert (config["architectures"], config["attention_multiplier"]) == (["GraniteForCausalLM"], 32**-0.5)
     wanted = logits_at_means(model, checkpoint.selection, checkpoint.plan_of("4x0.6"))
@@ -126,12 +126,12 @@ def test_what_compensation_changes_is_measured_and_written(demo: Checkpoint, tmp
 
 
 def test_without_a_text_quality_is_the_checkpoints(demo: Checkpoint, tmp_path: Path) -> None:
-    derive_folder(demo, "9x0.75", tmp_path / "own")
+    derive_folder(demo, Wishes("9x0.75"), tmp_path / "own")
     assert demo.quality is not None
     quality = json.loads((tmp_path / "own/subnet.json").read_text())["quality"]
     assert quality["after"] == round(demo.quality.loss(Shape.parse("9x0.75"), "fp32").value, 4)
     for name, wishes in (("adaptive", {"policy": "adaptive"}), ("finer", {"multiple": 8}), ("on", {"bias": True})):
-        derive_folder(demo, "9x0.7", tmp_path / name, **wishes)
+        derive_folder(demo, Wishes("9x0.7", **wishes), tmp_path / name)
         assert json.loads((tmp_path / name / "subnet.json").read_text())["quality"] is None
 
 
@@ -252,7 +252,7 @@ def test_importing_the_package_is_light() -> None:
 
 def test_a_subnet_is_made_again_by_its_own_command(demo: Checkpoint, tmp_path: Path) -> None:
     wishes = {"policy": "adaptive", "bias": True, "multiple": 16, "dtype": "fp16"}
-    derive_folder(demo, "7x0.6", tmp_path / "first", **wishes)
+    derive_folder(demo, Wishes("7x0.6", **wishes), tmp_path / "first")
     facts = json.loads((tmp_path / "first/subnet.json").read_text())
     words = facts["command"].split()
     assert words[:3] == ["amoeba", "extract", "CHECKPOINT"]
@@ -303,7 +303,7 @@ def test_the_card_has_the_hubs_metadata(checkpoint: Checkpoint, tmp_path: Path) 
 
     named = replace(checkpoint, base_name="somebody/some-model")
     (named.model.path / "README.md").write_text("---\nlicense: mit\n---\n# Some model\n")
-    derive_folder(named, "3x0.5", tmp_path / "out")
+    derive_folder(named, Wishes("3x0.5"), tmp_path / "out")
     card = ModelCard.load(tmp_path / "out/README.md")
     assert (card.data.base_model, card.data.license, card.data.library_name) == (
         "somebody/some-model",
@@ -318,5 +318,5 @@ def test_the_card_has_the_hubs_metadata(checkpoint: Checkpoint, tmp_path: Path) 
     ):
         assert said in card.content
     (named.model.path / "README.md").write_text("---\nlicense: [unclosed\n---\n")
-    derive_folder(named, "3x0.5", tmp_path / "out", force=True)
+    derive_folder(named, Wishes("3x0.5"), tmp_path / "out", force=True)
     assert held_by(named.architecture) == "llama"
