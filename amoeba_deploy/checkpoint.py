@@ -101,15 +101,26 @@ class Checkpoint:
         depths = sorted(self.selection.depths, reverse=True)
         return [Shape(depth, width, self.policy) for depth in depths for width in widths]
 
+    def parts(self, shape: Shape, steps: Steps | None = None) -> tuple[Architecture, ...]:
+        """The sizes of each block of a shape's subnet, in the order of the blocks."""
+        found = self.selection.parts(self.architecture, shape, steps or self.steps)
+        return tuple(map(families.compensated, found)) if self.compensates(shape) else found
+
     def sized(self, shape: Shape, steps: Steps | None = None) -> Architecture:
         """The sizes of a shape's subnet, every block as wide as the widest, with its compensating biases."""
-        if self.selection.masks is not None and shape.policy == "adaptive":
-            found = self.selection.masks.sized(self.architecture, shape, self.selection.choice(shape.depth).kept)
-        elif shape.policy == "adaptive":
-            found = self.plan(shape, steps).subnet(self.architecture)
-        else:
+        if shape.policy == "uniform":
             found = sized(self.architecture, shape, steps or self.steps)
-        return families.compensated(found) if self.bias else found
+        else:
+            parts = self.selection.parts(self.architecture, shape, steps or self.steps)
+            widest = max(part.kv_heads for part in parts), max(part.neurons for part in parts)
+            found = self.architecture.subnet(len(parts), *widest)
+        return families.compensated(found) if self.compensates(shape) else found
+
+    def compensates(self, shape: Shape, bias: bool | None = None) -> bool:
+        """Whether a shape's subnet carries compensating biases, where ``bias`` asks for them or forbids them."""
+        wanted = self.bias if bias is None else bias
+        # With masks, at the full width nothing is removed and nothing was stored for it.
+        return wanted and not (self.selection.masks is not None and shape.width == 1)
 
     def require_whole_blocks(self) -> None:
         """Raise BadInput where depths remove attention and feed-forward apart: no latency is known of such blocks."""
@@ -151,9 +162,7 @@ class Checkpoint:
 
         ``bias`` asks for compensating biases or forbids them; left out, the checkpoint's own choice is followed.
         """
-        wanted = self.bias if bias is None else bias
-        if self.selection.masks is not None and plan.shape.width == 1:
-            wanted = False  # nothing is removed, and nothing was stored for it
+        wanted = self.compensates(plan.shape, bias)
         return Learnt(self._low_rank(plan), self.biases(plan) if wanted else None)
 
     def _low_rank(self, plan: Plan) -> LowRanks:

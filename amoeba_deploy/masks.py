@@ -96,13 +96,12 @@ class Masks:
                 blocks.append(block_plan(architecture, index, heads, neurons))
         return Plan(shape, tuple(blocks))
 
-    def sized(self, architecture: Architecture, shape: Shape, kept_blocks: Sequence[int]) -> Architecture:
-        """The sizes of a shape's subnet, every block as wide as the widest."""
+    def counts(self, architecture: Architecture, shape: Shape) -> list[tuple[int, int]]:
+        """How many key/value heads and neurons each block of the full model keeps."""
         masks = self._at(shape)
         if masks is None:
-            return architecture.subnet(len(kept_blocks), architecture.kv_heads, architecture.neurons)
-        kept = [(int(masks[i].heads.sum()), int(masks[i].neurons.sum())) for i in kept_blocks]
-        return architecture.subnet(len(kept), max(heads for heads, _ in kept), max(neurons for _, neurons in kept))
+            return [(architecture.kv_heads, architecture.neurons)] * architecture.depth
+        return [(int(mask.heads.sum()), int(mask.neurons.sum())) for mask in masks]
 
     def biases(self, block: BlockPlan, width: Fraction) -> Biases:
         """The compensating biases of one block of a plan at a width below 1; raises BadInput where none are known."""

@@ -180,6 +180,15 @@ class Steps:
         return halves | {Fraction(2 * step + 1, 2) * self.multiple / architecture.neurons for step in steps}
 
 
+def block_counts(
+    architecture: Architecture, shape: Shape, steps: Steps, ranking: Callable[[], Ranking]
+) -> list[tuple[int, int]]:
+    """How many groups and neurons each block of the full model keeps; ``ranking`` is asked for under ``adaptive``."""
+    if shape.policy == "adaptive" and shape.width != 1:
+        return [steps.kept(architecture, *ratios) for ratios in ranking().ratios(shape.width)]
+    return [steps.kept(architecture, shape.width, shape.width)] * architecture.depth
+
+
 def make_plan(
     architecture: Architecture,
     shape: Shape,
@@ -204,13 +213,11 @@ def make_plan(
         without_feed_forward: kept blocks of which no feed-forward is kept.
     """
     steps = steps or Steps.of(architecture)
-    ratios: list[BlockRatios] = [(shape.width, shape.width)] * architecture.depth
-    if shape.policy == "adaptive" and shape.width != 1:
-        ratios = (ranking or Ranking.of(architecture, scores)).ratios(shape.width)
+    counts = block_counts(architecture, shape, steps, lambda: ranking or Ranking.of(architecture, scores))
     blocks = []
     for index in kept_blocks:
         head_scores, neuron_scores = scores(index)
-        groups, neurons = steps.kept(architecture, *ratios[index])
+        groups, neurons = counts[index]
         kept_groups = best_units(head_scores, 0 if index in without_attention else groups)
         kept_neurons = best_units(neuron_scores, 0 if index in without_feed_forward else neurons)
         blocks.append(block_plan(architecture, index, kept_groups, kept_neurons))

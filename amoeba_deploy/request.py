@@ -30,7 +30,7 @@ from amoeba_deploy.profiles.table import Table, read_table
 from amoeba_deploy.profiles.workload import Workload
 from amoeba_deploy.progress import Progress
 from amoeba_deploy.quality import Quality
-from amoeba_deploy.search import Budget, Candidate, SearchResult, prediction_to_json, quality_to_json
+from amoeba_deploy.search import Budget, Candidate, SearchResult, SubnetSizes, prediction_to_json, quality_to_json
 from amoeba_deploy.shape import Shape, format_width
 from amoeba_deploy.stage1.pipeline import default_minimum_depth
 from amoeba_deploy.target import Choices, Target, resolve_target, search_target
@@ -57,9 +57,14 @@ class Space:
         widths = subnet_widths(self.architecture, CONFIG_MINIMUM_WIDTH, steps)
         return [Shape(depth, width) for depth in depths for width in widths]
 
-    def sized(self, shape: Shape, steps: Steps) -> Architecture:
+    def sized(self, shape: Shape, steps: Steps) -> SubnetSizes:
         """The sizes of a shape's subnet."""
-        return self.checkpoint.sized(shape, steps) if self.checkpoint else sized(self.architecture, shape, steps)
+        if self.checkpoint is None:
+            return SubnetSizes.alike(sized(self.architecture, shape, steps))
+        padded = self.checkpoint.sized(shape, steps)
+        if shape.policy == "uniform":
+            return SubnetSizes.alike(padded)
+        return SubnetSizes(padded, self.checkpoint.parts(shape, steps))
 
     def steps(self, flow: str, precision: str) -> Steps:
         """The numbers of heads and neurons that an engine takes."""
@@ -148,12 +153,14 @@ class Request:
         steps = space.steps(flow, precision)
 
         @cache
-        def sizes_of(shape: Shape) -> Architecture:
+        def sizes_of(shape: Shape) -> SubnetSizes:
             if plan is None or shape != plan.shape:
                 return space.sized(shape, steps)
-            bias = space.checkpoint is not None and space.checkpoint.bias
-            found = plan.subnet(space.architecture)
-            return families.compensated(found) if bias else found
+            bias = space.checkpoint is not None and space.checkpoint.compensates(shape)
+            blocks = [space.architecture.subnet(1, len(block.kv_heads), len(block.neurons)) for block in plan.blocks]
+            found = [plan.subnet(space.architecture), *blocks]
+            padded, *parts = map(families.compensated, found) if bias else found
+            return SubnetSizes(padded, tuple(parts))
 
         return [plan.shape] if plan else space.shapes(steps), sizes_of
 

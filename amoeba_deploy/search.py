@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from amoeba_deploy.architecture import Architecture
 from amoeba_deploy.errors import NoShapeFits
+from amoeba_deploy.precision import StorageFormat
 from amoeba_deploy.profiles.prediction import Prediction
 from amoeba_deploy.profiles.workload import Workload
 from amoeba_deploy.quality import Quality, QualityValue
@@ -28,6 +29,42 @@ class Budget:
     metric: Metric
     ms: float | None
     memory_bytes: int | None
+
+
+@dataclass(frozen=True)
+class SubnetSizes:
+    """The sizes of a subnet: every block as wide as the widest, and each block's own."""
+
+    padded: Architecture
+    parts: tuple[Architecture, ...]
+
+    @classmethod
+    def alike(cls, sizes: Architecture) -> SubnetSizes:
+        """Sizes of a subnet whose blocks are all alike."""
+        return cls(sizes, (sizes,))
+
+    def built(self, ragged: bool) -> SubnetSizes:
+        """What an engine really has: the blocks' own sizes where it takes them, else padded ones."""
+        return self if ragged else SubnetSizes.alike(self.padded)
+
+    @property
+    def block_parameters(self) -> int:
+        """Parameters of all blocks."""
+        return sum(part.depth * part.block_parameters for part in self.parts)
+
+    @property
+    def mean(self) -> Architecture:
+        """Where blocks differ, the nearest subnet whose blocks are all alike: latency follows their parameters."""
+        if len(self.parts) == 1:
+            return self.padded
+        groups = round(sum(part.kv_heads for part in self.parts) / len(self.parts))
+        neurons = round(sum(part.neurons for part in self.parts) / len(self.parts))
+        return self.padded.subnet(self.padded.depth, max(groups, 1), max(neurons, 1))
+
+    def weight_bytes(self, storage: StorageFormat) -> float:
+        """Bytes of all weights."""
+        blocks = sum(part.depth * storage.block_bytes(part) for part in self.parts)
+        return blocks + storage.head_bytes(self.padded) + storage.embedding_bytes(self.padded)
 
 
 @dataclass(frozen=True)
@@ -87,24 +124,26 @@ class SearchResult:
 def candidates(
     shapes: Sequence[Shape],
     full: Architecture,
-    sized: Callable[[Shape], Architecture],
+    sized: Callable[[Shape], SubnetSizes],
     flow: str,
     precision: str,
     predict: Callable[[Shape], Prediction],
     quality: Quality | None,
-    stored: Callable[[Architecture], float],
+    built: Callable[[Shape], SubnetSizes],
+    storage: StorageFormat,
 ) -> list[Candidate]:
     """Judge every shape in one flow and precision.
 
     Args:
         shapes: what to consider.
         full: the architecture of the full model.
-        sized: gives a shape its subnet's sizes.
+        sized: gives a shape the sizes that it keeps.
         flow: the engine family.
         precision: one of its precisions.
         predict: gives a shape its latency and memory.
         quality: what was measured; None ranks by the share of block parameters kept.
-        stored: bytes of a subnet's weights in this precision.
+        built: gives a shape the sizes that the engine will have, padding included.
+        storage: how the precision stores weights.
     """
     whole = full.depth * full.block_parameters
     found = []
@@ -113,8 +152,8 @@ def candidates(
         if quality is not None:
             value = quality.loss(shape, precision)
         else:
-            value = QualityValue("parameters_kept", sizes.depth * sizes.block_parameters / whole, "counted")
-        found.append(Candidate(shape, flow, precision, predict(shape), value, stored(sizes)))
+            value = QualityValue("parameters_kept", sizes.block_parameters / whole, "counted")
+        found.append(Candidate(shape, flow, precision, predict(shape), value, built(shape).weight_bytes(storage)))
     return found
 
 

@@ -21,7 +21,7 @@ from amoeba_deploy.architecture import Architecture
 from amoeba_deploy.errors import BadInput
 from amoeba_deploy.files import read_json, write_json
 from amoeba_deploy.masks import Masks, read_masks
-from amoeba_deploy.plan import Plan, Ranking, Steps, make_plan
+from amoeba_deploy.plan import Plan, Ranking, Steps, block_counts, make_plan
 from amoeba_deploy.shape import Shape, parse_width, width_to_json
 from amoeba_deploy.tensors import array_source, as_float32, read_header, write_tensors
 
@@ -99,6 +99,7 @@ class Selection:
     masks: Masks | None = None
     """Where there are some, ``blocks`` is empty."""
     _rankings: dict[Architecture, Ranking] = field(default_factory=dict, compare=False, repr=False)
+    _counts: dict[Any, list[tuple[int, int]]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def depth(self) -> int:
@@ -137,6 +138,25 @@ class Selection:
         if architecture not in self._rankings:
             self._rankings[architecture] = Ranking.of(architecture, self.scores)
         return self._rankings[architecture]
+
+    def parts(self, architecture: Architecture, shape: Shape, steps: Steps) -> tuple[Architecture, ...]:
+        """The sizes of each kept block of a shape's subnet, without choosing units: cheap enough for every shape."""
+        choice = self.choice(shape.depth)
+        if self.masks is not None and shape.policy == "adaptive":
+            counts = self.masks.counts(architecture, shape)
+        else:
+            key = architecture, shape.policy, shape.width, steps
+            if key not in self._counts:
+                self._counts[key] = block_counts(architecture, shape, steps, lambda: self.ranking(architecture))
+            counts = self._counts[key]
+        kept = {
+            index: (
+                0 if index in choice.without_attention else counts[index][0],
+                0 if index in choice.without_feed_forward else counts[index][1],
+            )
+            for index in choice.kept
+        }
+        return tuple(architecture.subnet(1, groups, neurons) for groups, neurons in kept.values())
 
     def plan(self, architecture: Architecture, shape: Shape, steps: Steps | None = None) -> Plan:
         """The exact units that a shape keeps."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from amoeba_deploy import families
 from amoeba_deploy.architecture import Architecture
@@ -20,10 +21,10 @@ from amoeba_deploy.profiles.roofline import estimate
 from amoeba_deploy.profiles.table import Table
 from amoeba_deploy.profiles.workload import Workload
 from amoeba_deploy.quality import Quality
-from amoeba_deploy.search import Budget, Candidate, SearchResult, candidates, search
+from amoeba_deploy.search import Budget, Candidate, SearchResult, SubnetSizes, candidates, search
 from amoeba_deploy.shape import Shape
 
-Choices = tuple[Sequence[Shape], Callable[[Shape], Architecture]]
+Choices = tuple[Sequence[Shape], Callable[[Shape], SubnetSizes]]
 """Shapes to choose from, and the function that gives a shape the sizes of its subnet."""
 
 
@@ -110,7 +111,7 @@ def ranked_pairs(target: Target, quality: Quality | None) -> tuple[tuple[tuple[s
 
 def predictor(
     target: Target,
-    sizes_of: Callable[[Shape], Architecture],
+    sizes_of: Callable[[Shape], SubnetSizes],
     digest: str,
     flow: str,
     precision: str,
@@ -126,13 +127,18 @@ def predictor(
         if table.architecture_digest != digest:
             raise BadInput("the latency table was measured for another model architecture; profile this one")
         if (flow, precision) in table.flows(target.workload) or target.device.bandwidth is None:
-            return table.predictor(sizes_of, flow, precision, target.workload)
+            return table.predictor(lambda shape: sizes_of(shape).mean, flow, precision, target.workload)
     storage = load_backend(flow).storage(precision)
 
     def estimated(shape: Shape) -> Prediction:
-        return estimate(sizes_of(shape), storage, target.device, flow, precision, target.workload, target.context)
+        sizes, workload = sizes_of(shape), target.workload
+        return estimate(sizes.padded, storage, target.device, flow, precision, workload, target.context, sizes.parts)
 
     return estimated
+
+
+def _built_sizes(sizes_of: Callable[[Shape], SubnetSizes], ragged: bool, shape: Shape) -> SubnetSizes:
+    return sizes_of(shape).built(ragged)
 
 
 def search_target(
@@ -158,26 +164,28 @@ def search_target(
     refusals: list[str] = []
     for flow, precision in pairs:
         backend = load_backend(flow)
-        shapes, sizes_of = choices(flow, precision)
+        shapes, own_sizes = choices(flow, precision)
+        sizes_of = partial(_built_sizes, own_sizes, "ragged" in backend.layouts())
         predict = predictor(target, sizes_of, architecture.digest, flow, precision, table)
         if table is not None and (flow, precision) not in table.flows(target.workload):
             asked = f"batch {target.workload.batch}, prompt {target.workload.prompt}, tokens {target.workload.tokens}"
             remarks.append(f"the table has no row of {flow} {precision} for {asked}: its latencies are estimated")
         legal = []
         for shape in shapes:
-            subnet = sizes_of(shape)
+            subnet = sizes_of(shape).padded
             refused = families.refusal(subnet) or backend.refusal(subnet, precision, target.context)
             refusals += [f"{shape} cannot be lowered to {flow} {precision}: {refused}"] if refused else []
             legal += [] if refused else [shape]
         found += candidates(
             legal,
             architecture,
-            sizes_of,
+            own_sizes,
             flow,
             precision,
             predict,
             quality,
-            backend.storage(precision).weight_bytes,
+            sizes_of,
+            backend.storage(precision),
         )
     if not found:
         raise BadInput(refusals[0])

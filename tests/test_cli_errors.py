@@ -615,7 +615,9 @@ def test_an_interrupted_export_leaves_nothing(outputs: Path, tmp_path: Path, num
     started.wait_for(outputs, f".bundle.*.part/engine/{written}")
     started.process.send_signal(number)
     status, out, err = started.finish()
-    assert (status, out) == (1, "")
+    # Where the interrupt fell into Python code that a C extension was running, CPython ends the process by SIGINT
+    # afterwards, although the exception was handled.
+    assert (status in (1, -signal.SIGINT), out) == (True, ""), err
     assert err.splitlines() == ["amoeba: interrupted; nothing was left under the output's name"]
     assert list(outputs.iterdir()) == []
     # An interrupt in the instant in which a temporary folder is made may leave that folder, empty.
