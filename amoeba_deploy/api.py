@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Dtype = Literal["fp32", "fp16", "bf16"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class OneForAll(Checkpoint):
     """An opened checkpoint that gives its subnets."""
 

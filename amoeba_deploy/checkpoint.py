@@ -23,7 +23,7 @@ from amoeba_deploy.errors import BadInput, VerificationFailed
 from amoeba_deploy.extraction.compensation import Biases, LowRanks, block_biases, with_own_biases
 from amoeba_deploy.extraction.folder import Learnt
 from amoeba_deploy.extraction.ragged import refuse_ragged
-from amoeba_deploy.files import read_json, require_inside, sha256_of, write_json
+from amoeba_deploy.files import read_json, read_json_object, require_inside, sha256_of, write_json
 from amoeba_deploy.model_folder import ModelFolder, resolve_model
 from amoeba_deploy.plan import NEURON_MULTIPLE, Plan, Steps, read_plan, sized, subnet_widths
 from amoeba_deploy.quality import WIDTHS, Quality, read_quality
@@ -36,7 +36,7 @@ EMBEDDED = Path(__file__).parent / "demo" / "checkpoint"
 _PARTS = ("amoeba.json", "selection.json", "selection.safetensors", "smol.safetensors", "quality.json")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Checkpoint:
     """An opened checkpoint; its base model's digest was found to be the one that it was made for."""
 
@@ -53,6 +53,9 @@ class Checkpoint:
     adapters: Adapters | None
     base_name: str | None = None
     """The hub's name of the base model, where it came from there."""
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name} at {self.path}>"
 
     @property
     def architecture(self) -> Architecture:
@@ -152,6 +155,9 @@ class Checkpoint:
         the path of a plan file."""
         if text.endswith(".json"):
             plan = read_plan(Path(text), self.architecture)
+            base = read_json_object(Path(text)).get("base_digest", self.selection.base_digest)
+            if base != self.selection.base_digest:
+                raise BadInput(f"{text}: is the plan of a subnet of another base model; use that model's checkpoint")
             if self.selection.masks is not None and plan != self.plan(plan.shape):
                 raise BadInput(f"{text}: keeps other units than the checkpoint's masks at {plan.shape}; name a shape")
             return plan
@@ -183,6 +189,8 @@ class Checkpoint:
             raise BadInput(
                 "compensating biases are known of this checkpoint's own plans only; derive it with --bias off"
             )
+        if width == 1:
+            raise BadInput("nothing is removed at the full width, so there is nothing to compensate for")
         masks.biases(plan.blocks[0], width)  # refused now, not while weights are written
         return lambda block: with_own_biases(self.model, block, *masks.biases(block, width))
 
@@ -219,7 +227,7 @@ def open_checkpoint(path: Path | None = None) -> Checkpoint:
         name = str(head["name"])
         if multiple < 1 or not widths or not isinstance(base_name, str | None):
             raise ValueError
-    except (KeyError, TypeError, AttributeError, ValueError, BadInput):
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError, BadInput):
         raise BadInput(
             f"{folder / 'amoeba.json'}: base, multiple, widths or name is missing or wrong; create it again"
         ) from None

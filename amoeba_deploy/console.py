@@ -146,6 +146,11 @@ def checkpoint_json(checkpoint: Checkpoint) -> dict[str, Any]:
 def print_extraction(done: Extraction, output: Path, cost: LayoutCost | None) -> None:
     """What an extraction wrote; where blocks differ also what padding them costs."""
     click.echo(f"{output}: {done.plan.shape}, {done.bytes / 1e6:.1f} MB of weights in {done.seconds:.2f} s")
+    if done.quality:
+        found = done.quality
+        others = {k: v for k, v in found.items() if k.startswith("after_with")}
+        said = "".join(f", {v:.4f} {k.removeprefix('after_').replace('_', ' ')}" for k, v in others.items())
+        click.echo(f"  loss {found['after']:.4f}{said}; full model {found['before']:.4f} ({found['source']})")
     if done.layout_bytes:
         uniform, ragged = done.layout_bytes["uniform"], done.layout_bytes["ragged"]
         padded = "held by no stock class when padded" if uniform is None else f"{amount(uniform)} of weights padded"
@@ -164,13 +169,18 @@ def print_checkpoint(checkpoint: Checkpoint) -> None:
     click.echo(f"{checkpoint.name} ({checkpoint.path})")
     click.echo(
         f"  {sizes.family}, {sizes.parameters / 1e6:.1f} M parameters: {sizes.depth} blocks, "
-        f"hidden {sizes.hidden}, {sizes.heads} query heads of {sizes.head_dim} over {sizes.kv_heads} key/value heads, "
-        f"{sizes.neurons} neurons"
+        f"hidden {sizes.hidden}, {sizes.heads} query heads of size {sizes.head_dim} over {sizes.kv_heads} key/value "
+        f"heads, {sizes.neurons} neurons"
     )
     click.echo(
         f"  {len(checkpoint.shapes())} distinct shapes: depth {checkpoint.minimum_depth} to {sizes.depth}, "
         f"width {float(checkpoint.minimum_width):g} to 1"
     )
+    if checkpoint.selection.masks is None:
+        tuned = "tuned" if checkpoint.adapters else "untuned"
+        click.echo(
+            f"  {tuned}, policy {checkpoint.policy}, bias {_on(checkpoint.bias)}; base model {checkpoint.model.path}"
+        )
     if checkpoint.selection.masks is not None:
         widths = ", ".join(format_width(width) for width in checkpoint.selection.masks.widths)
         click.echo(f"  imported masks: only the widths {widths}, policy adaptive, bias {_on(checkpoint.bias)}")

@@ -100,7 +100,7 @@ _PARTS = ".part", ".old"
 
 def _remove_abandoned(target: Path) -> None:
     """Remove what killed commands left beside a target: temporary names whose owner holds no lock any more."""
-    for suffix in _PARTS:
+    for suffix in _PARTS if target.exists() else _PARTS[:1]:  # without its target an .old is all that is left of it
         for left in target.parent.glob(f".{target.name}.????????{suffix}"):
             try:
                 with _locked(left):

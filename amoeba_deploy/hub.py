@@ -8,6 +8,9 @@ from pathlib import Path
 from amoeba_deploy.errors import BadInput
 from amoeba_deploy.progress import Progress
 
+_REPLACED = ("*.safetensors", "*.safetensors.index.json", "*.py")
+"""What an upload removes of earlier ones: a reader would take stale weights in one file for those in shards."""
+
 
 def check_name(repository: str) -> None:
     """Raise BadInput where a name cannot be that of a repository, before any work is done for it."""
@@ -29,7 +32,6 @@ def upload(folder: Path, repository: str, progress: Progress) -> str:
         BadInput: the name is not that of a repository, or the hub refuses.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
     from huggingface_hub.utils import disable_progress_bars
 
     try:
@@ -37,9 +39,14 @@ def upload(folder: Path, repository: str, progress: Progress) -> str:
             disable_progress_bars()
         api = HfApi(library_name="amoeba-deploy")
         url = api.create_repo(repository, exist_ok=True)
-        api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message="Upload a subnet cut by Amoeba")
-    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        api.upload_folder(
+            repo_id=url.repo_id,
+            folder_path=folder,
+            commit_message="Upload a subnet cut by Amoeba",
+            delete_patterns=list(_REPLACED),
+        )
+    except Exception as error:  # the hub's answers, and whatever the network library of the client raises
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise BadInput(
             f"{folder}: is written and was not uploaded to {repository} ({reason}); see 'hf auth login', then "
             f"'hf upload {repository} {folder}'"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from typing import Any
 
 from amoeba_deploy.backends.backend import Backend
 from amoeba_deploy.checkpoint import Checkpoint
@@ -31,7 +33,9 @@ def lower_plan(
     dense = output if dtype else work
     layout: Layout = "ragged" if plan.is_ragged and "ragged" in backend.layouts() else "uniform"
     learnt, facts = checkpoint.learnt(plan), checkpoint.origin()
-    extract(checkpoint.model, plan, dense, dtype=dtype, layout=layout, learnt=learnt, facts=facts)
+    # Engines point into one file of weights, whatever its size.
+    options: dict[str, Any] = {"dtype": dtype, "layout": layout, "learnt": learnt, "facts": facts}
+    extract(checkpoint.model, plan, dense, shard_bytes=sys.maxsize, **options)
     subnet = ModelFolder(dense)
     backend.lower(subnet, output, precision, context)
     return subnet

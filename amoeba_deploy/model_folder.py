@@ -57,7 +57,7 @@ def resolve_model(name: str) -> Path:
     try:
         found = snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise BadInput(f"{name}: is no folder here, and the hub did not give it ({reason})") from None
     return Path(found)
 
@@ -80,7 +80,8 @@ class ModelFolder:
         self.blocks = read_block_sizes(self.config, self.architecture.depth) if is_ragged(self.config) else None
         """The sizes of each block of a ragged subnet; None where all blocks have those of the architecture."""
         self.tensors = TensorFolder(path)
-        require_inside(path, [path / "config.json", path / INDEX, *self.tensors.files, *self.tokenizer_files()])
+        beside = [path / name for name in ("config.json", "generation_config.json", "README.md", INDEX)]
+        require_inside(path, [*beside, *self.tensors.files, *self.tokenizer_files()])
 
     def block_shapes(self, index: int) -> dict[str, tuple[int, ...]]:
         """Names (after ``model.layers.{i}.``) and shapes of all tensors of a block, in the order they are written."""

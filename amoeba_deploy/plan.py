@@ -166,7 +166,7 @@ class Steps:
         full, hidden, rule = architecture.kv_heads, architecture.hidden, architecture.head_rule
         groups = range(full if rule == "all" else 1, full + 1)
         legal = (count for count in groups if rule != "divides" or hidden % (count * architecture.group) == 0)
-        return cls(tuple(legal), multiple)
+        return cls(tuple(legal) or (full,), multiple)
 
     def kept(self, architecture: Architecture, groups: Fraction, neurons: Fraction) -> tuple[int, int]:
         """How many groups and neurons ratios of them keep: the nearest that may be kept."""

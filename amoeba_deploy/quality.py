@@ -182,11 +182,11 @@ def read_quality(
         settings = {(row["policy"], row["bias"], row["multiple"]) for row in value["rows"]}
         if (value["metric"], value["direction"]) != ("loss", "min") or settings - {own}:
             raise ValueError
-        if not all(row.shape.depth <= architecture.depth for row in rows):
+        if not all(type(row.shape.depth) is int and row.shape.depth <= architecture.depth for row in rows):
             raise ValueError
         if not all(math.isfinite(row.loss) and math.isfinite(row.loss_error) for row in rows):
             raise ValueError
-    except (KeyError, TypeError, ValueError, BadInput):
+    except (KeyError, TypeError, ValueError, OverflowError, BadInput):
         raise BadInput(
             f"{file}: a row lacks an entry or holds a value that does not fit this checkpoint; measure again"
         ) from None

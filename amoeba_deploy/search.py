@@ -48,9 +48,9 @@ class SubnetSizes:
         return self if ragged else SubnetSizes.alike(self.padded)
 
     @property
-    def block_parameters(self) -> int:
-        """Parameters of all blocks."""
-        return sum(part.depth * part.block_parameters for part in self.parts)
+    def matrix_parameters(self) -> int:
+        """Parameters in the matrices of all blocks; biases, which compensation adds, are not counted."""
+        return sum(part.depth * part.block_matrix_parameters for part in self.parts)
 
     @property
     def mean(self) -> Architecture:
@@ -145,14 +145,14 @@ def candidates(
         built: gives a shape the sizes that the engine will have, padding included.
         storage: how the precision stores weights.
     """
-    whole = full.depth * full.block_parameters
+    whole = full.depth * full.block_matrix_parameters
     found = []
     for shape in shapes:
         sizes = sized(shape)
         if quality is not None:
             value = quality.loss(shape, precision)
         else:
-            value = QualityValue("parameters_kept", sizes.block_parameters / whole, "counted")
+            value = QualityValue("parameters_kept", sizes.matrix_parameters / whole, "counted")
         found.append(Candidate(shape, flow, precision, predict(shape), value, built(shape).weight_bytes(storage)))
     return found
 

@@ -238,7 +238,7 @@ def _read_depths(value: Any, blocks: int, file: Path) -> dict[int, DepthChoice]:
             )
             for depth, entry in value.items()
         }
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
         raise BadInput(f"{file}: its 'depth' table is malformed; select again") from None
     for depth, choice in depths.items():
         if choice.metric is not None and not math.isfinite(choice.metric):

@@ -17,6 +17,7 @@ from amoeba_deploy.errors import BadInput
 
 Policy = Literal["uniform", "adaptive"]
 
+_WIDTH = re.compile(r"\d{1,20}(\.\d{0,60})?|\.\d{1,60}|\d{1,20}/\d{1,20}|\d(\.\d{1,20})?e-\d{1,2}")
 _SHAPE = re.compile(r"(\d+)x(\d*\.?\d+|\d+/\d+)")
 
 
@@ -40,6 +41,8 @@ def nearest_count(counts: Sequence[int], units: int, ratio: Fraction) -> int:
 def parse_width(text: str) -> Fraction:
     """The exact ratio written as a decimal or a fraction; it must lie in (0, 1]."""
     try:
+        if _WIDTH.fullmatch(text.strip()) is None:  # Fraction itself would work for hours on an exponent
+            raise ValueError
         ratio = Fraction(text.strip())
     except (ValueError, ZeroDivisionError):
         raise BadInput(f"the width '{text}' is not a number; write a ratio such as 0.75 or 3/4") from None

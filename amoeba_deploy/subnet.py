@@ -16,7 +16,7 @@ from amoeba_deploy.backends.takes import Takes, takes_of
 from amoeba_deploy.checkpoint import Checkpoint
 from amoeba_deploy.errors import BadInput
 from amoeba_deploy.evaluation import SEQUENCE, file_digest, text_loss, text_rows, torch_logits
-from amoeba_deploy.extraction.compensation import compensate
+from amoeba_deploy.extraction.compensation import Biases, compensate
 from amoeba_deploy.extraction.folder import (
     DTYPES,
     SHARD_BYTES,
@@ -55,6 +55,23 @@ class Wishes:
     multiple: int | None = None
     shard_bytes: int = SHARD_BYTES
 
+    def __post_init__(self) -> None:
+        """Raises BadInput where a field holds what it cannot."""
+        legal: dict[str, tuple[Any, ...]] = {
+            "policy": (None, "uniform", "adaptive"),
+            "layout": ("uniform", "ragged"),
+            "bias": (None, True, False),
+            "dtype": (None, *DTYPES),
+        }
+        for name, values in legal.items():
+            if not any(getattr(self, name) is value or getattr(self, name) == value for value in values):
+                known = ", ".join(map(str, values))
+                raise BadInput(f"the {name} {getattr(self, name)!r:.60} is none of {known}")
+        if not isinstance(self.shape, str):
+            raise BadInput(f"the shape {self.shape!r:.60} is no text; write DEPTHxWIDTH such as 24x0.75")
+        if self.multiple is not None and (type(self.multiple) is not int or self.multiple < 1):
+            raise BadInput(f"the multiple {self.multiple!r:.60} is no whole number of at least 1")
+
 
 class Subnet:
     """One subnet of a checkpoint, decided and checked, and not yet extracted."""
@@ -66,17 +83,22 @@ class Subnet:
             BadInput: the shape is not one of the checkpoint, no stock class holds it, or the engine refuses it.
         """
         self.checkpoint, self.wishes = checkpoint, wishes
-        if wishes.dtype is not None and wishes.dtype not in DTYPES:
-            raise BadInput(f"the dtype '{wishes.dtype}' is none of {', '.join(DTYPES)}")
+        if wishes.precision is not None and self.takes is None:
+            raise BadInput("a precision belongs to an engine; name it with --for, or the weights' dtype with --dtype")
+        if (wishes.policy or wishes.multiple) and wishes.shape.endswith(".json"):
+            option = "--policy" if wishes.policy else "--multiple"
+            raise BadInput(f"{wishes.shape}: says itself what every block keeps; leave out {option}")
+        if self.takes is not None and wishes.precision is not None:
+            self.takes.check_precision(wishes.precision)
         self.bias = checkpoint.bias if wishes.bias is None else wishes.bias
         self.ragged = wishes.layout == "ragged"
         if self.bias and not self.ragged:
             families.compensated(checkpoint.architecture)
         self.plan: Plan = checkpoint.plan_of(wishes.shape, self._steps(), wishes.policy)
         check_plan(checkpoint.model, self.plan)
+        self.bias = checkpoint.compensates(self.plan.shape, wishes.bias)
         # A ragged folder has a class of its own, which adds biases to any family.
-        padded = self.plan.subnet(checkpoint.architecture)
-        self.sizes = padded if self.ragged else written_sizes(self.plan, checkpoint.architecture, self.bias)
+        self.sizes = written_sizes(self.plan, checkpoint.architecture, self.bias and not self.ragged)
         if self.takes is not None:
             self._check_engine(self.takes)
 
@@ -101,7 +123,10 @@ class Subnet:
         return Steps(found.groups, self.wishes.multiple) if self.wishes.multiple else found
 
     def _check_engine(self, takes: Takes) -> None:
-        refused = takes.refusal(self.sizes, self.precision, self.bias and not self.checkpoint.architecture.output_bias)
+        full = self.checkpoint.architecture
+        refused = takes.refusal(self.sizes, self.precision, self.bias and not full.output_bias)
+        for block in self.plan.blocks if refused is None else ():
+            refused = refused or takes.count_refusal(full, len(block.heads), len(block.neurons), self.precision)
         if refused:
             raise BadInput(f"{self.plan.shape} cannot be extracted for '{takes.flow}': {refused}")
         if self.ragged and not takes.varying:
@@ -115,13 +140,15 @@ class Subnet:
     def notes(self) -> list[str]:
         """What the user should know before or after: choices that were not the checkpoint's, and fewer engines."""
         checkpoint, found = self.checkpoint, []
-        if self.bias != checkpoint.bias:
+        if self.wishes.bias is not None and self.bias != checkpoint.bias:
             own, asked = ("on" if value else "off" for value in (checkpoint.bias, self.bias))
             found.append(f"the checkpoint was made with bias {own}; this subnet has bias {asked}, as asked for")
         policy = self.plan.shape.policy
         if policy != checkpoint.policy:
             found.append(f"the checkpoint was made for the policy {checkpoint.policy}; this subnet is {policy}")
         found += self._rounding()
+        if self.ragged and not self.plan.is_ragged and not self.bias:
+            found.append("all blocks are alike, so the uniform layout would need no code of its own")
         held_by = self.sizes.family if self.ragged else families.held_by(self.sizes)
         if held_by == "granite" and checkpoint.architecture.family != "granite":
             found.append(
@@ -141,9 +168,11 @@ class Subnet:
             return []
         (groups, neurons), (any_groups, any_neurons) = self.plan.widest, free.widest
         finer = "" if self.wishes.precision else "; --precision names an engine's precision, whose rules may be finer"
+        reached = [plan.width_reached(checkpoint.architecture) for plan in (self.plan, free)]
         return [
             f"for {takes.flow} blocks keep up to {groups} key/value heads and {neurons} neurons, the nearest that it "
-            f"takes to the {any_groups} and {any_neurons} of {asked} without an engine{finer}"
+            f"takes to the {any_groups} and {any_neurons} of {asked} without an engine: {reached[0]:.1%} of their "
+            f"matrices' parameters instead of {reached[1]:.1%}{finer}"
         ]
 
     def quality(self, text: Path | None, subnet: Path, progress: Progress) -> dict[str, Any] | None:
@@ -157,6 +186,8 @@ class Subnet:
         known, plan = self.checkpoint.quality, self.plan
         if known is None or self.bias != self.checkpoint.bias or not self.checkpoint.owns(plan):
             return None
+        if plan.shape.width < known.minimum_width or plan.shape.depth < known.minimum_depth:
+            return None  # beyond what was measured there are only guesses
         full = self.checkpoint.full_shape
         before, after = known.loss(full, "fp32"), known.loss(plan.shape, "fp32")
         return {
@@ -180,16 +211,25 @@ class Subnet:
             extract(checkpoint.model, full, Path(work), learnt=checkpoint.learnt(full))
             before = loss_of(load_torch_model(Path(work)))
         loaded = load_torch_model(subnet)
-        after = loss_of(loaded)
-        compensate(loaded, self.plan, checkpoint.biases(self.plan), -1.0 if self.bias else 1.0)
-        return {
-            "metric": "loss",
-            "before": before,
-            "after": after,
-            "after_with_bias_" + ("off" if self.bias else "on"): loss_of(loaded),
-            "source": "measured",
-            "text": file_digest(text),
-        }
+        found: dict[str, Any] = {"metric": "loss", "before": before, "after": loss_of(loaded)}
+        biases = self._other_biases()
+        if biases is not None:
+            compensate(loaded, self.plan, biases, -1.0 if self.bias else 1.0)
+            found["after_with_bias_" + ("off" if self.bias else "on")] = loss_of(loaded)
+        return found | {"source": "measured", "text": file_digest(text)}
+
+    def _other_biases(self) -> Biases | None:
+        """What would be added or taken away by the other choice of compensation; None where that cannot be measured.
+
+        Masks may have come without biases; and a ragged folder keeps norms behind sublayers that are gone only where
+        biases pass through them.
+        """
+        if self.ragged and not self.plan.whole_blocks:
+            return None
+        try:
+            return self.checkpoint.biases(self.plan)
+        except BadInput:
+            return None
 
     def _blocks(self) -> tuple[BlockSizes, ...] | None:
         """The sizes that an engine with a way of its own to say that blocks differ wants them padded to."""
@@ -197,13 +237,13 @@ class Subnet:
             return None
         return native_blocks(self.takes.flow, self.plan, self.checkpoint.architecture, self._steps().multiple)
 
-    def _facts(self) -> dict[str, Any]:
+    def _facts(self, text: Path | None) -> dict[str, Any]:
         wishes = self.wishes
         made_for = {"flow": wishes.flow} if wishes.flow else {}
         tuned = {"adapters": True} if self.checkpoint.adapters else {}
-        return self.checkpoint.origin() | made_for | tuned | {"command": self._command()}
+        return self.checkpoint.origin() | made_for | tuned | {"command": self._command(text)}
 
-    def _command(self) -> str:
+    def _command(self, text: Path | None) -> str:
         """The command that makes this subnet again; a plan file is the subnet's own subnet.json."""
         wishes, owned = self.wishes, not self.wishes.shape.endswith(".json")
         options = {
@@ -215,6 +255,8 @@ class Subnet:
             "bias": None if self.bias == self.checkpoint.bias else "on" if self.bias else "off",
             "dtype": wishes.dtype,
             "multiple": wishes.multiple,
+            "shard-size": None if wishes.shard_bytes == SHARD_BYTES else f"{wishes.shard_bytes / 1e6:g}MB",
+            "quality-text": text.name if text else None,
         }
         said = " ".join(f"--{name} {value}" for name, value in options.items() if value is not None)
         return f"amoeba extract CHECKPOINT {said} -o DIR"
@@ -233,7 +275,7 @@ class Subnet:
             dtype=DTYPES[wishes.dtype] if wishes.dtype else model_dtype(self.checkpoint.model),
             layout=wishes.layout,
             learnt=self.checkpoint.learnt(self.plan, self.bias),
-            facts=self._facts(),
+            facts=self._facts(text),
             shard_bytes=wishes.shard_bytes,
             quality=quality,
             blocks=self._blocks(),

@@ -108,6 +108,8 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     Raises:
         BadInput: the file is missing, truncated, or its header promises what the file does not hold.
     """
+    if file.exists() and not file.is_file():
+        raise BadInput(f"{file}: is no file; get the folder again")
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -149,7 +151,10 @@ def from_float32(
     """
     found = np.empty(array.shape, NUMPY_OF[dtype]) if out is None else out
     if dtype != "BF16":
-        found[...] = array
+        with np.errstate(over="ignore"):
+            found[...] = array
+        if dtype == "F16" and np.isinf(found).any() and np.isfinite(array).all():
+            raise BadInput("holds numbers beyond those of float16, 65504; choose bf16 or fp32")
         return found
     numbers = np.ascontiguousarray(array, dtype=np.float32)
     bits = numbers.view(np.uint32)
@@ -345,9 +350,17 @@ def _write_span(descriptor: int, span: Span, offset: int) -> int:
     return done
 
 
+def _named_parts(name: str, source: TensorSource) -> Iterator[Part]:
+    """A source's parts; what is wrong with one is said with the tensor's name."""
+    try:
+        yield from source.parts()
+    except BadInput as error:
+        raise BadInput(f"{name}: {error}") from None
+
+
 def _write_source(descriptor: int, name: str, source: TensorSource, offset: int) -> None:
     done = 0
-    for part in source.parts():
+    for part in _named_parts(name, source):
         if isinstance(part, Span):
             done += _write_span(descriptor, part, offset + done)
         else:
@@ -366,12 +379,21 @@ def _created(file: Path, size: int) -> Iterator[int]:
         os.close(descriptor)
 
 
+@contextmanager
+def _one_multiplier() -> Iterator[None]:
+    """Each thread multiplies for itself: a BLAS's own would wait for each other, and change the order of sums."""
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(1, "blas"):
+        yield
+
+
 def write_tensors(
     file: Path, tensors: Mapping[str, TensorSource], metadata: Mapping[str, str] | None = None, threads: int = 1
 ) -> int:
     """Write one safetensors file; returns its size in bytes.
 
-    The order is the mapping's, the header is padded to a multiple of 64 bytes, and nothing depends on time, machine or
+    The order is the mapping's, the header is padded to a multiple of 64 bytes, and nothing depends on time or
     ``threads``: the same tensors give the same bytes. With several threads so many tensors are made at once.
     """
     header, data = _header(tensors, metadata)
@@ -381,19 +403,12 @@ def write_tensors(
         for name, source in tensors.items():
             places.append((name, source, offset))
             offset += source.length
-        if threads == 1:
-            for place in places:
-                _write_source(descriptor, *place)
-        else:
-            from threadpoolctl import threadpool_limits
-
-            # Each thread multiplies for itself: those of a BLAS would only wait for each other.
-            with ThreadPoolExecutor(threads) as pool, threadpool_limits(1, "blas"):
-                try:
-                    for done in [pool.submit(_write_source, descriptor, *place) for place in places]:
-                        done.result()
-                finally:
-                    pool.shutdown(cancel_futures=True)
+        with ThreadPoolExecutor(threads) as pool, _one_multiplier():
+            try:
+                for done in [pool.submit(_write_source, descriptor, *place) for place in places]:
+                    done.result()
+            finally:
+                pool.shutdown(cancel_futures=True)
     return len(header) + data
 
 

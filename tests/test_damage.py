@@ -341,3 +341,31 @@ def test_headers_read_as_the_safetensors_library_reads_them(tuned: Path) -> None
     infos, _ = read_header(tuned / WEIGHTS)
     wanted = load_file(tuned / WEIGHTS)
     assert {name: info.shape for name, info in infos.items()} == {name: v.shape for name, v in wanted.items()}
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer.json", "README.md"])
+def test_a_link_that_would_be_copied_is_refused(name: str, tuned: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("{}")
+    (tuned / "base" / name).unlink(missing_ok=True)
+    (tuned / "base" / name).symlink_to(tmp_path / "secret")
+    refused(tuned, tmp_path / "out", "is a link to")
+
+
+@pytest.mark.parametrize(
+    ("file", "entry", "value"),
+    [
+        ("amoeba.json", "multiple", "Infinity"),
+        ("amoeba.json", "widths", '["1", "1e-40000000"]'),
+        ("selection.json", "blocks", "Infinity"),
+    ],
+)
+def test_numbers_without_end_are_refused(file: str, entry: str, value: str, tuned: Path, tmp_path: Path) -> None:
+    content = json.loads((tuned / file).read_text()) | {entry: "HERE"}
+    (tuned / file).write_text(json.dumps(content).replace('"HERE"', value))
+    refused(tuned, tmp_path / "out", file)
+
+
+def test_a_pipe_is_no_file_of_weights(tuned: Path, tmp_path: Path) -> None:
+    (tuned / WEIGHTS).unlink()
+    os.mkfifo(tuned / WEIGHTS)
+    refused(tuned, tmp_path / "out", "is no file")

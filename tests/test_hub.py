@@ -72,7 +72,9 @@ class Handler(BaseHTTPRequestHandler):
         elif "/commit/" in self.path:
             for line in map(json.loads, data.splitlines()):
                 value = line["value"]
-                if line["key"] == "file":
+                if line["key"] == "deletedFile":
+                    hub.files.pop(value["path"], None)
+                elif line["key"] == "file":
                     hub.files[value["path"]] = base64.b64decode(value["content"])
                 elif line["key"] == "lfsFile":
                     hub.files[value["path"]] = hub.blobs[value["oid"]]
@@ -88,7 +90,12 @@ class Handler(BaseHTTPRequestHandler):
         self.answer({})
 
     def do_GET(self) -> None:
-        self.answer({"siblings": [], "id": "someone/subnet", "sha": "0" * 40})
+        paths = sorted(self.server.files)
+        if "/tree/" in self.path:
+            self.answer([{"type": "file", "path": path, "size": 1, "oid": "0" * 40} for path in paths])
+        else:
+            files = [{"rfilename": path} for path in paths]
+            self.answer({"siblings": files, "id": "someone/subnet", "sha": "0" * 40})
 
 
 @pytest.fixture
@@ -134,3 +141,19 @@ def test_a_name_that_is_none_is_refused_before_any_work(tmp_path: Path) -> None:
     done = amoeba("extract", "--shape", "8x0.75", "-o", tmp_path / "out", "--push-to-hub", "a/b/c")
     assert (done.exit_code, "not the name of a repository" in done.stderr) == (2, True)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_second_push_leaves_no_weights_of_the_first(hub: Hub, tmp_path: Path) -> None:
+    for name, size in (("one", "5GB"), ("many", "1MB")):
+        output = tmp_path / name
+        done = amoeba("extract", "--shape", "8x0.75", "-o", output, "--shard-size", size, "--push-to-hub", "a/subnet")
+        assert done.exit_code == 0, done.stderr
+    assert "model.safetensors" not in hub.files
+    assert hub.files == {file.name: file.read_bytes() for file in (tmp_path / "many").iterdir()}
+
+
+def test_a_hub_out_of_reach_is_one_sentence(hub: Hub, tmp_path: Path) -> None:
+    hub.shutdown()
+    hub.server_close()
+    done = amoeba("extract", "--shape", "8x0.75", "-o", tmp_path / "out", "--push-to-hub", "someone/subnet")
+    assert (done.exit_code, "was not uploaded to someone/subnet" in done.stderr) == (2, True), done.stderr

@@ -320,3 +320,91 @@ def test_the_card_has_the_hubs_metadata(checkpoint: Checkpoint, tmp_path: Path) 
     (named.model.path / "README.md").write_text("---\nlicense: [unclosed\n---\n")
     derive_folder(named, Wishes("3x0.5"), tmp_path / "out", force=True)
     assert held_by(named.architecture) == "llama"
+
+
+def test_what_an_engine_does_not_take_is_refused_whoever_says_it(demo: Checkpoint, tmp_path: Path) -> None:
+    plan = demo.plan_of("9x0.7").to_json()
+    plan["blocks"][0]["neurons"] = plan["blocks"][0]["neurons"][:101]
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(BadInput, match="keeps 101 neurons, where gguf takes multiples of 32 in q8_0"):
+        Subnet(demo, Wishes(str(tmp_path / "plan.json"), flow="gguf", precision="q8_0"))
+    with pytest.raises(BadInput, match="neurons, where gguf takes multiples of 256"):
+        Subnet(demo, Wishes("9x0.7", flow="gguf", multiple=33))
+    with pytest.raises(BadInput, match="'gguf' has no precision 'q4_K_M'; it has"):
+        Subnet(demo, Wishes("9x0.7", flow="gguf", precision="q4_K_M"))
+    with pytest.raises(BadInput, match="name it with --for"):
+        Subnet(demo, Wishes("9x0.7", precision="int4"))
+    with pytest.raises(BadInput, match="leave out --policy"):
+        Subnet(demo, Wishes(str(tmp_path / "plan.json"), policy="adaptive"))
+
+
+def test_the_plan_of_another_base_model_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    derive_folder(checkpoint, Wishes("3x0.67"), tmp_path / "out")
+    facts = json.loads((tmp_path / "out/subnet.json").read_text())
+    (tmp_path / "subnet.json").write_text(json.dumps(facts | {"base_digest": "sha256:" + "0" * 64}))
+    Subnet(checkpoint, Wishes(str(tmp_path / "out/subnet.json")))
+    with pytest.raises(BadInput, match="of another base model"):
+        Subnet(checkpoint, Wishes(str(tmp_path / "subnet.json")))
+
+
+def test_adaptive_shapes_are_searched_by_what_their_blocks_really_keep(demo: Checkpoint) -> None:
+    from amoeba_deploy.request import Space
+
+    adaptive = replace(demo, policy="adaptive", quality=None)
+    space = Space.of_checkpoint(adaptive)
+    steps = space.steps("onnx", "int4")
+    whole = demo.architecture.block_matrix_parameters
+    for shape in space.shapes(steps)[:12]:
+        sizes, plan = space.sized(shape, steps), adaptive.plan(shape, steps)
+        own = [(len(block.kv_heads), len(block.neurons)) for block in plan.blocks]
+        assert [(part.kv_heads, part.neurons) for part in sizes.parts] == own
+        assert (sizes.padded.kv_heads, sizes.padded.neurons) == plan.widest
+        kept = sizes.matrix_parameters / (whole * shape.depth)
+        assert abs(kept - plan.width_reached(demo.architecture)) < 1e-9
+        assert sizes.built(ragged=False).matrix_parameters >= sizes.matrix_parameters
+
+
+def test_every_adaptive_shape_of_a_large_model_is_sized_in_moments() -> None:
+    import numpy as np
+
+    from amoeba_deploy.selection import BlockScores, DepthChoice, Selection
+
+    rng, sizes = np.random.default_rng(0), replace(LARGE, depth=32, heads=32, kv_heads=32, neurons=11008)
+    blocks = tuple(
+        BlockScores(*(rng.standard_normal(n).astype(np.float32) for n in (32, 11008, 2048, 11008))) for _ in range(32)
+    )
+    depths = {depth: DepthChoice(tuple(range(depth)), 1.0) for depth in range(16, 33)}
+    selection, steps = Selection("", depths, blocks, {}), Steps.of(sizes)
+    counted = [
+        selection.parts(sizes, Shape(depth, Fraction(width, 200), "adaptive"), steps)
+        for depth in depths
+        for width in range(100, 201)
+    ]
+    assert len(counted) == 17 * 101
+    assert len(selection._counts) == 101  # once a width, whatever the depth
+
+
+def test_numbers_beyond_float16_are_refused_by_the_tensors_name(tmp_path: Path) -> None:
+    model = save_random_model(tmp_path / "full", "llama")
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(model.path / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 3] = 1e5
+    save_file(tensors, model.path / "model.safetensors", {"format": "pt"})
+    changed = ModelFolder(model.path)
+    plan = random_selection(changed).plan(changed.architecture, Shape.parse("4x1"))
+    with pytest.raises(BadInput, match=r"up_proj.weight: holds numbers beyond those of float16"):
+        extract(changed, plan, tmp_path, dtype="float16")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bytes_do_not_depend_on_how_many_tensors_are_made_at_once(dtype: str, make: Make, tmp_path: Path) -> None:
+    from amoeba_deploy.extraction.folder import subnet_tensors
+    from amoeba_deploy.tensors import CONFIG_DTYPES, write_tensors
+
+    checkpoint = make("llama-grouped-untied", bias=True)
+    plan = checkpoint.plan_of("3x0.67")
+    for threads in (1, 3):
+        sources = subnet_tensors(checkpoint.model, plan, CONFIG_DTYPES[dtype], "uniform", checkpoint.learnt(plan))
+        write_tensors(tmp_path / str(threads), sources, threads=threads)
+    assert (tmp_path / "1").read_bytes() == (tmp_path / "3").read_bytes()

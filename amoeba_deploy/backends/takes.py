@@ -28,6 +28,7 @@ class Takes:
     """The rules of one engine. Empty sets of names mean that any will do."""
 
     flow: str
+    precisions: tuple[str, ...]
     classes: frozenset[str] = frozenset()
     """Stock model types that it runs, as the subnet's config names them."""
     traits: frozenset[str] = frozenset()
@@ -73,6 +74,25 @@ class Takes:
             return f"its hidden size {subnet.hidden} is not a multiple of {multiple}, which {precision} rows need"
         return None
 
+    def count_refusal(self, full: Architecture, heads: int, neurons: int, precision: str) -> str | None:
+        """Why it does not take a block of so many query heads and neurons of a model, as half a sentence, or None.
+
+        What is not cut is taken as it is.
+        """
+        multiple, share = _of(self.neuron_multiple, precision), _of(self.query_multiple, precision)
+        said = f" in {precision}" if precision else " by its strictest rules"
+        if neurons != full.neurons and neurons % multiple:
+            return f"a block keeps {neurons} neurons, where {self.flow} takes multiples of {multiple}{said}"
+        if heads != full.heads and heads * full.head_dim % share:
+            channels = heads * full.head_dim
+            return f"a block keeps {channels} channels of heads, where {self.flow} takes multiples of {share}{said}"
+        return None
+
+    def check_precision(self, precision: str) -> None:
+        """Raise BadInput where the engine has no such precision."""
+        if precision not in self.precisions:
+            raise BadInput(f"'{self.flow}' has no precision '{precision}'; it has {', '.join(self.precisions)}")
+
     def _class_refusal(self, subnet: Architecture, held_by: str, compensated: bool) -> str:
         if not compensated:
             return f"it is a {held_by}, which {self.flow} does not run" + (
@@ -112,22 +132,26 @@ def _of(multiples: Mapping[str, int], precision: str) -> int:
 
 _LLAMAS = frozenset({"llama", "mistral", "qwen2"})
 _KNOWN_ROPES = frozenset({"default", "linear", "llama3"})
-_EMITTED = {"traits": frozenset({"scales"}), "ropes": _KNOWN_ROPES, "even_heads": True}
+_EMITTED = {"traits": frozenset({"constant scaling"}), "ropes": _KNOWN_ROPES, "even_heads": True}
 _ANY_WIDTHS: frozenset[Varying] = frozenset({"kv_heads", "heads", "neurons"})
 
 _TAKES = (
-    Takes("torch", any_trait=True, varying=_ANY_WIDTHS | {"without_attention", "without_feed_forward"}),
+    Takes(
+        "torch", ("fp32", "bf16"), any_trait=True, varying=_ANY_WIDTHS | {"without_attention", "without_feed_forward"}
+    ),
     Takes(
         "onnx",
+        ("fp32", "int8", "int4"),
         varying=_ANY_WIDTHS | {"without_attention", "without_feed_forward"},
         hidden_multiple={"int8": 32, "int4": 32},
         **_EMITTED,  # type: ignore[arg-type]
     ),
-    Takes("openvino", varying=_ANY_WIDTHS, **_EMITTED),  # type: ignore[arg-type]
-    Takes("executorch", any_trait=True),
+    Takes("openvino", ("fp32", "bf16", "int8", "int4"), varying=_ANY_WIDTHS, **_EMITTED),  # type: ignore[arg-type]
+    Takes("executorch", ("fp32", "int8", "int4"), any_trait=True),
     # Quantised rows of another length are stored in wider types without a word; FFN width 0 drops the attention too.
     Takes(
         "gguf",
+        ("fp32", "fp16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "int8", "int4"),
         classes=_LLAMAS,
         ropes=_KNOWN_ROPES,
         varying=_ANY_WIDTHS | {"without_attention"},
@@ -138,6 +162,7 @@ _TAKES = (
     ),
     Takes(
         "mlc-llm",
+        ("q0f32", "q0f16", "q4f32_1", "q4f16_1", "q3f16_1", "fp32", "fp16", "int4"),
         classes=_LLAMAS | {"qwen3"},
         ropes=frozenset({"default", "llama3"}),
         biases=False,
@@ -146,6 +171,7 @@ _TAKES = (
     ),
     Takes(
         "tensorrt-llm",
+        ("fp16", "bf16", "fp8", "w8a16", "w4a16", "int8", "int4"),
         classes=_LLAMAS | {"qwen3"},
         ropes=_KNOWN_ROPES,
         varying=frozenset({"kv_heads", "neurons", "without_attention", "without_feed_forward"}),

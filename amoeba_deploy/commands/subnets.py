@@ -111,6 +111,7 @@ def extract(
         "bytes": done.bytes,
         "layout": wishes["layout"],
         "layout_bytes": done.layout_bytes,
+        "quality": done.quality,
         "predicted": None if cost is None else cost.to_json(),
     }
     if push_to_hub:

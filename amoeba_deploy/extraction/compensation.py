@@ -75,6 +75,6 @@ def compensate(subnet: PreTrainedModel, plan: Plan, biases: Biases, factor: floa
     layers: Any = subnet.model.layers
     for layer, block in zip(layers, plan.blocks, strict=True):
         for linear, bias in zip((layer.self_attn.o_proj, layer.mlp.down_proj), biases(block), strict=True):
-            values = torch.from_numpy(factor * bias).to(linear.weight.dtype)
+            values = torch.from_numpy(factor * bias).to(subnet.dtype)
             own = 0 if linear.bias is None else linear.bias.detach()
             linear.bias = torch.nn.Parameter(values + own, requires_grad=False)

@@ -80,6 +80,8 @@ class Extraction:
     bytes: int
     layout_bytes: dict[str, int | None] | None
     """Bytes of weights in the uniform and in the ragged layout, where blocks differ."""
+    quality: dict[str, Any] | None
+    """What is known of its quality, as subnet.json holds it."""
 
 
 def _zeros(dtype: str, length: int) -> TensorSource:
@@ -262,7 +264,7 @@ def extract(
     (output / "README.md").write_text(model_card(model, plan, said), encoding="utf-8")
     compensated = learnt.biases is not None and layout == "uniform"
     subnet = written_sizes(plan, model.architecture, compensated)
-    return Extraction(output, plan, subnet, seconds, size, layout_bytes)
+    return Extraction(output, plan, subnet, seconds, size, layout_bytes, said["quality"])
 
 
 def written_config(

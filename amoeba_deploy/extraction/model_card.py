@@ -54,7 +54,7 @@ def model_card(model: ModelFolder, plan: Plan, facts: dict[str, Any]) -> str:
 # {name}, shape {plan.shape}
 
 A dense subnet, cut from the one-for-all checkpoint `{name}`
-(digest `{facts.get("checkpoint_digest", "unknown")}`) without further training.
+(digest `{facts.get("checkpoint_digest", "unknown")}`), with no training after the cut.
 
 | | full model | this subnet |
 |---|---|---|

@@ -80,7 +80,8 @@ def compensated(subnet: Architecture) -> Architecture:
     held_by = family_of({"model_type": subnet.family}).compensated
     if held_by is None:
         raise BadInput(
-            f"no stock class holds a {subnet.family} with biases on o_proj and down_proj; derive it with --bias off"
+            f"no stock class holds a {subnet.family} with biases on o_proj and down_proj; derive it with --bias off, "
+            f"or extract it with --layout ragged"
         )
     if subnet.sliding_window is not None and held_by != subnet.family:
         raise BadInput(

@@ -207,8 +207,8 @@ class Family:
         for key in PER_LAYER_LISTS:
             if isinstance(full.get(key), list):
                 changed[key] = [full[key][index] for index in kept_blocks]
-        if isinstance(config.get("max_window_layers"), int):
-            changed["max_window_layers"] = sum(index < config["max_window_layers"] for index in kept_blocks)
+        if isinstance(full.get("max_window_layers"), int):
+            changed["max_window_layers"] = sum(index < full["max_window_layers"] for index in kept_blocks)
         self.spell_rope(changed, subnet)
         if self.rewrite is not None:
             self.rewrite(changed, subnet)

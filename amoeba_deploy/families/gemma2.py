@@ -39,7 +39,7 @@ def flags(config: dict[str, Any]) -> dict[str, Any]:
         ),
         "sliding_window": window_in_use(config),
         "traits": (
-            "scales",
+            "constant scaling",
             "norm behind each sublayer",
             "norm of weight one plus its tensor",
             "feed-forward with GELU",

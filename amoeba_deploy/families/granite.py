@@ -21,7 +21,7 @@ def _flags(config: dict[str, Any]) -> dict[str, Any]:
         "output_bias": bias,
         "mlp_bias": bool(config.get("mlp_bias", False)),
         "scales": scales,
-        "traits": ("scales",),
+        "traits": ("constant scaling",),
     }
 
 

@@ -30,5 +30,5 @@ def _flags(config: dict[str, Any]) -> dict[str, Any]:
     return {"qkv_bias": True, "sliding_window": sliding_window(config)}
 
 
-_DEFAULTS = {"num_key_value_heads": 32, "max_position_embeddings": 32768}
+_DEFAULTS = {"num_key_value_heads": 32, "max_position_embeddings": 32768, "max_window_layers": 28}
 FAMILY = Family("qwen2", _flags, _DEFAULTS, compensated="llama")

@@ -17,5 +17,5 @@ def _flags(config: dict[str, Any]) -> dict[str, Any]:
     return {"qk_norm": True, "qkv_bias": bias, "output_bias": bias, "sliding_window": sliding_window(config)}
 
 
-_DEFAULTS = {"head_dim": 128, "num_key_value_heads": 32, "max_position_embeddings": 32768}
+_DEFAULTS = {"head_dim": 128, "num_key_value_heads": 32, "max_position_embeddings": 32768, "max_window_layers": 28}
 FAMILY = Family("qwen3", _flags, _DEFAULTS)

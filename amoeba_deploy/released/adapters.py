@@ -154,15 +154,20 @@ def _torch_file(file: Path) -> dict[str, _Stored]:
         raise BadInput(f"{file}: holds no dict of tensors; get the file again")
 
     def stored(name: object, tensor: object) -> _Stored:
-        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
+        if (
+            not isinstance(name, str)
+            or not isinstance(tensor, torch.Tensor)
+            or tensor.layout != torch.strided
+            or tensor.is_meta
+        ):
             raise BadInput(f"{file}: holds {_shown(name)}, which is no dense tensor; get the file again")
-        dense = tensor.detach()
+        numbers = tensor.detach()
 
         def values() -> Array:
-            plain = dense.contiguous()
-            return (plain.view(torch.int16) if dense.dtype == torch.bfloat16 else plain).numpy()
+            plain = numbers.contiguous()
+            return (plain.view(torch.int16) if numbers.dtype == torch.bfloat16 else plain).numpy()
 
-        return _Stored(names.get(dense.dtype, str(dense.dtype)), tuple(dense.shape), values)
+        return _Stored(names.get(numbers.dtype, str(numbers.dtype)), tuple(numbers.shape), values)
 
     return {str(name): stored(name, tensor) for name, tensor in found.items()}
 

@@ -55,7 +55,7 @@ class _Ends(torch.nn.Module):
         self.norm = norm
 
     def forward(self, inputs_embeds: torch.Tensor, **_: Any) -> SimpleNamespace:
-        nothing = {"past_key_values": None, "hidden_states": None, "attentions": None}
+        nothing = {"past_key_values": None, "cache": None, "hidden_states": None, "attentions": None}
         return SimpleNamespace(last_hidden_state=self.norm(inputs_embeds), **nothing)
 
 
