@@ -105,19 +105,16 @@ class Checkpoint:
         return [Shape(depth, width, self.policy) for depth in depths for width in widths]
 
     def parts(self, shape: Shape, steps: Steps | None = None) -> tuple[Architecture, ...]:
-        """The sizes of each block of a shape's subnet, in the order of the blocks."""
-        found = self.selection.parts(self.architecture, shape, steps or self.steps)
-        return tuple(map(families.compensated, found)) if self.compensates(shape) else found
+        """What each block of a shape's subnet keeps, in the order of the blocks, without compensating biases."""
+        return self.selection.parts(self.architecture, shape, steps or self.steps)
 
     def sized(self, shape: Shape, steps: Steps | None = None) -> Architecture:
-        """The sizes of a shape's subnet, every block as wide as the widest, with its compensating biases."""
+        """The sizes of a shape's subnet, every block as wide as the widest, without compensating biases."""
         if shape.policy == "uniform":
-            found = sized(self.architecture, shape, steps or self.steps)
-        else:
-            parts = self.selection.parts(self.architecture, shape, steps or self.steps)
-            widest = max(part.kv_heads for part in parts), max(part.neurons for part in parts)
-            found = self.architecture.subnet(len(parts), *widest)
-        return families.compensated(found) if self.compensates(shape) else found
+            return sized(self.architecture, shape, steps or self.steps)
+        parts = self.parts(shape, steps)
+        widest = max(part.kv_heads for part in parts), max(part.neurons for part in parts)
+        return self.architecture.subnet(len(parts), *widest)
 
     def compensates(self, shape: Shape, bias: bool | None = None) -> bool:
         """Whether a shape's subnet carries compensating biases, where ``bias`` asks for them or forbids them."""

@@ -10,7 +10,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from amoeba_deploy import families
 from amoeba_deploy.architecture import Architecture
 from amoeba_deploy.backends.takes import takes_of
 from amoeba_deploy.checkpoint import Checkpoint
@@ -59,12 +58,11 @@ class Space:
 
     def sized(self, shape: Shape, steps: Steps) -> SubnetSizes:
         """The sizes of a shape's subnet."""
-        if self.checkpoint is None:
-            return SubnetSizes.alike(sized(self.architecture, shape, steps))
-        padded = self.checkpoint.sized(shape, steps)
-        if shape.policy == "uniform":
-            return SubnetSizes.alike(padded)
-        return SubnetSizes(padded, self.checkpoint.parts(shape, steps))
+        checkpoint = self.checkpoint
+        padded = checkpoint.sized(shape, steps) if checkpoint else sized(self.architecture, shape, steps)
+        alike = checkpoint is None or shape.policy == "uniform"
+        parts = [padded] if alike or checkpoint is None else checkpoint.parts(shape, steps)
+        return SubnetSizes.of(padded, parts, checkpoint is not None and checkpoint.compensates(shape))
 
     def steps(self, flow: str, precision: str) -> Steps:
         """The numbers of heads and neurons that an engine takes."""
@@ -158,9 +156,7 @@ class Request:
                 return space.sized(shape, steps)
             bias = space.checkpoint is not None and space.checkpoint.compensates(shape)
             blocks = [space.architecture.subnet(1, len(block.kv_heads), len(block.neurons)) for block in plan.blocks]
-            found = [plan.subnet(space.architecture), *blocks]
-            padded, *parts = map(families.compensated, found) if bias else found
-            return SubnetSizes(padded, tuple(parts))
+            return SubnetSizes.of(plan.subnet(space.architecture), blocks, bias)
 
         return [plan.shape] if plan else space.shapes(steps), sizes_of
 

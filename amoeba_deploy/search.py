@@ -8,9 +8,10 @@ depth. The front holds the shapes that no other beats in both the budget metric 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from amoeba_deploy import families
 from amoeba_deploy.architecture import Architecture
 from amoeba_deploy.errors import NoShapeFits
 from amoeba_deploy.precision import StorageFormat
@@ -37,20 +38,20 @@ class SubnetSizes:
 
     padded: Architecture
     parts: tuple[Architecture, ...]
+    kept: int
+    """Parameters of the blocks that are kept of the model; padding and compensating biases are not."""
 
     @classmethod
-    def alike(cls, sizes: Architecture) -> SubnetSizes:
-        """Sizes of a subnet whose blocks are all alike."""
-        return cls(sizes, (sizes,))
+    def of(cls, padded: Architecture, parts: Sequence[Architecture], compensated: bool) -> SubnetSizes:
+        """From the sizes before compensation; one part of the whole depth where all blocks are alike."""
+        kept = sum(part.depth * part.block_parameters for part in parts)
+        if not compensated:
+            return cls(padded, tuple(parts), kept)
+        return cls(families.compensated(padded), tuple(map(families.compensated, parts)), kept)
 
     def built(self, ragged: bool) -> SubnetSizes:
         """What an engine really has: the blocks' own sizes where it takes them, else padded ones."""
-        return self if ragged else SubnetSizes.alike(self.padded)
-
-    @property
-    def matrix_parameters(self) -> int:
-        """Parameters in the matrices of all blocks; biases, which compensation adds, are not counted."""
-        return sum(part.depth * part.block_matrix_parameters for part in self.parts)
+        return self if ragged else replace(self, parts=(self.padded,))
 
     @property
     def mean(self) -> Architecture:
@@ -145,14 +146,14 @@ def candidates(
         built: gives a shape the sizes that the engine will have, padding included.
         storage: how the precision stores weights.
     """
-    whole = full.depth * full.block_matrix_parameters
+    whole = full.depth * full.block_parameters
     found = []
     for shape in shapes:
         sizes = sized(shape)
         if quality is not None:
             value = quality.loss(shape, precision)
         else:
-            value = QualityValue("parameters_kept", sizes.matrix_parameters / whole, "counted")
+            value = QualityValue("parameters_kept", sizes.kept / whole, "counted")
         found.append(Candidate(shape, flow, precision, predict(shape), value, built(shape).weight_bytes(storage)))
     return found
 

@@ -353,15 +353,15 @@ def test_adaptive_shapes_are_searched_by_what_their_blocks_really_keep(demo: Che
     adaptive = replace(demo, policy="adaptive", quality=None)
     space = Space.of_checkpoint(adaptive)
     steps = space.steps("onnx", "int4")
-    whole = demo.architecture.block_matrix_parameters
     for shape in space.shapes(steps)[:12]:
         sizes, plan = space.sized(shape, steps), adaptive.plan(shape, steps)
         own = [(len(block.kv_heads), len(block.neurons)) for block in plan.blocks]
         assert [(part.kv_heads, part.neurons) for part in sizes.parts] == own
         assert (sizes.padded.kv_heads, sizes.padded.neurons) == plan.widest
-        kept = sizes.matrix_parameters / (whole * shape.depth)
-        assert abs(kept - plan.width_reached(demo.architecture)) < 1e-9
-        assert sizes.built(ragged=False).matrix_parameters >= sizes.matrix_parameters
+        parts = [demo.architecture.subnet(1, *widths) for widths in own]
+        assert sizes.kept == sum(part.block_parameters for part in parts)
+        padded = demo.architecture.subnet(shape.depth, *plan.widest)
+        assert sizes.built(ragged=False).parts == (padded,)
 
 
 def test_every_adaptive_shape_of_a_large_model_is_sized_in_moments() -> None:
@@ -408,3 +408,28 @@ def test_bytes_do_not_depend_on_how_many_tensors_are_made_at_once(dtype: str, ma
         sources = subnet_tensors(checkpoint.model, plan, CONFIG_DTYPES[dtype], "uniform", checkpoint.learnt(plan))
         write_tensors(tmp_path / str(threads), sources, threads=threads)
     assert (tmp_path / "1").read_bytes() == (tmp_path / "3").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("wishes", "said"),
+    [
+        ({"policy": "adaptve"}, "policy 'adaptve' is none of"),
+        ({"layout": "raged"}, "layout 'raged' is none of"),
+        ({"bias": "of"}, "bias 'of' is none of"),
+        ({"dtype": "float16"}, "dtype 'float16' is none of None, fp32, fp16, bf16"),
+        ({"multiple": 0}, "multiple 0 is no whole number"),
+        ({"multiple": "8"}, "multiple '8' is no whole number"),
+    ],
+)
+def test_python_options_are_checked(wishes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=said):
+        amoeba_deploy.open().extract("8x0.75", tmp_path / "out", **wishes)
+    assert not (tmp_path / "out").exists()
+    assert len(repr(amoeba_deploy.open())) < 300
+
+
+def test_quality_beyond_what_was_measured_is_not_guessed(tmp_path: Path) -> None:
+    done = amoeba("extract", "--shape", "9x0.3", "-o", tmp_path / "out", "--json", "--quiet")
+    assert json.loads(done.stdout)["quality"] is None
+    inside = amoeba("extract", "--shape", "9x0.75", "-o", tmp_path / "inside")
+    assert "full model 0." in inside.stdout
