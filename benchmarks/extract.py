@@ -3,7 +3,7 @@
 Prints, for each size: the time of ``cp`` of the output bytes, which is the physical limit of writing them, the time of
 extraction and its ratio to it, with a tuned checkpoint's merge and without; CPU seconds beside those of load-slice-save
 through transformers; and the most anonymous memory that the extracting process held. Every run is a process of its own;
-runs are interleaved and the minimum of each is taken, after all files were read once.
+runs are interleaved, each reads files that lie in memory, and the minimum of each is taken.
 """
 
 from __future__ import annotations
@@ -206,6 +206,15 @@ def _slice(layer: Any, block: dict[str, list[int]], size: int) -> None:
         linear.weight = torch.nn.Parameter(linear.weight.data.index_select(axis, kept), requires_grad=False)
 
 
+def warm(*folders: Path) -> None:
+    """Read every file once, so that what is timed reads from memory; some machines soon drop what was not read."""
+    for folder in folders:
+        for file in folder.glob("*.safetensors"):
+            with file.open("rb", buffering=0) as stream:
+                while stream.read(1 << 24):
+                    pass
+
+
 def run_child(kind: str, source: Path, output: Path) -> dict[str, float]:
     """``child`` in a process of its own."""
     shutil.rmtree(output, ignore_errors=True)
@@ -242,10 +251,12 @@ def compare(name: str, work: Path, runs: int, against_stock: bool) -> None:
     kinds = ["plain", "tuned", *(["stock"] if against_stock else [])]
     for _ in range(runs):
         os.sync()
+        warm(work / "copied")
         times["cp"].append(copy_time(files, work / "cp"))
         for kind in kinds:
             os.sync()
             source = work if kind == "stock" else work / kind
+            warm(model, source)
             found = run_child("stock" if kind == "stock" else "extract", source, work / "out")
             times[kind].append(found["seconds"])
             cpu[kind].append(found["cpu"])
