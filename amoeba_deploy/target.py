@@ -188,7 +188,7 @@ def search_target(
             backend.storage(precision),
         )
     if not found:
-        raise BadInput(refusals[0])
+        raise BadInput(f"{refusals[0]}; see whether another --flow or --precision takes it")
     if measured_only:
         found = [c for c in found if c.prediction.source != "estimated"]
         if not found:
