@@ -64,7 +64,7 @@ class Wishes:
             "dtype": (None, *DTYPES),
         }
         for name, values in legal.items():
-            if not any(getattr(self, name) is value or getattr(self, name) == value for value in values):
+            if getattr(self, name) not in values:
                 known = ", ".join(map(str, values))
                 raise BadInput(f"the {name} {getattr(self, name)!r:.60} is none of {known}")
         if not isinstance(self.shape, str):
@@ -92,8 +92,6 @@ class Subnet:
             self.takes.check_precision(wishes.precision)
         self.bias = checkpoint.bias if wishes.bias is None else wishes.bias
         self.ragged = wishes.layout == "ragged"
-        if self.bias and not self.ragged:
-            families.compensated(checkpoint.architecture)
         self.plan: Plan = checkpoint.plan_of(wishes.shape, self._steps(), wishes.policy)
         check_plan(checkpoint.model, self.plan)
         self.bias = checkpoint.compensates(self.plan.shape, wishes.bias)
@@ -272,7 +270,7 @@ class Subnet:
             self.checkpoint.model,
             self.plan,
             output,
-            dtype=DTYPES[wishes.dtype] if wishes.dtype else model_dtype(self.checkpoint.model),
+            dtype=DTYPES[wishes.dtype] if wishes.dtype else None,
             layout=wishes.layout,
             learnt=self.checkpoint.learnt(self.plan, self.bias),
             facts=self._facts(text),
@@ -304,8 +302,19 @@ def derive_folder(
     Raises:
         BadInput: the subnet is refused, or the output may not be written.
     """
-    said = progress or Progress(quiet=True)
-    subnet = Subnet(checkpoint, wishes)
+    return write_folder(Subnet(checkpoint, wishes), output, force=force, quality_text=quality_text, progress=progress)
+
+
+def write_folder(
+    subnet: Subnet,
+    output: Path,
+    *,
+    force: bool = False,
+    quality_text: Path | None = None,
+    progress: Progress | None = None,
+) -> Extraction:
+    """``derive_folder`` of a subnet that is decided already."""
+    said, checkpoint = progress or Progress(quiet=True), subnet.checkpoint
     for note in subnet.notes:
         said.say(f"note: {note}")
     inputs = (checkpoint.path, checkpoint.model.path, *([quality_text] if quality_text else []))

@@ -86,12 +86,12 @@ def extract(
     from amoeba_deploy.files import json_text
     from amoeba_deploy.hub import check_name, upload
     from amoeba_deploy.profiles.device import load_device
-    from amoeba_deploy.subnet import Subnet, Wishes, derive_folder
+    from amoeba_deploy.subnet import Subnet, Wishes, write_folder
 
     opened, progress = open_named(checkpoint), Progress(quiet)
     asked = Wishes(shape, bias=None if bias is None else bias == "on", shard_bytes=int(shard_size), **wishes)
+    subnet = Subnet(opened, asked)
     if plan_only:
-        subnet = Subnet(opened, asked)
         for note in subnet.notes:
             progress.say(f"note: {note}")
         click.echo(json_text(subnet.plan.to_json()), nl=False)
@@ -102,8 +102,8 @@ def extract(
         check_name(push_to_hub)
     cost = None
     if device:
-        cost = layout_cost(Subnet(opened, asked).plan, opened.architecture, load_device(device))
-    done = derive_folder(opened, asked, output, force=force, quality_text=quality_text, progress=progress)
+        cost = layout_cost(subnet.plan, opened.architecture, load_device(device))
+    done = write_folder(subnet, output, force=force, quality_text=quality_text, progress=progress)
     value = {
         "path": str(output),
         "plan": done.plan.to_json(),
