@@ -20,7 +20,7 @@ from conftest import SHARED
 
 from amoeba_deploy.errors import BadInput, ToolchainMissing
 from amoeba_deploy.evaluation import Question
-from amoeba_deploy.stage1.named_data import QUESTIONS, TEXTS, questions_by_name, text_by_name
+from amoeba_deploy.named_data import QUESTIONS, TEXTS, questions_by_name, text_by_name
 
 WIKITEXT = "wikitext2/wikitext-2-raw-v1/train-00000-of-00001.parquet"
 Rows = list[dict[str, Any]]
@@ -203,7 +203,7 @@ def offline(home: Path, code: str) -> str:
     """What a new interpreter prints that has no network and the library's files in ``home``; it must say no more."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "AMOEBA_"))}
     done = subprocess.run(
-        [sys.executable, "-c", f"from amoeba_deploy.stage1.named_data import text_by_name, questions_by_name\n{code}"],
+        [sys.executable, "-c", f"from amoeba_deploy.named_data import text_by_name, questions_by_name\n{code}"],
         env=environment | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(home)},
         capture_output=True,
         encoding="utf-8",

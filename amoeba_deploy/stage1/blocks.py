@@ -70,7 +70,7 @@ class ResidentBlocks:
         self.hidden = int(model.config.hidden_size)
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        from amoeba_deploy.stage1.stand_ins import front
+        from amoeba_deploy.stand_ins import front
 
         return front(self.model, self.model.model.embed_tokens, ids)
 
@@ -78,12 +78,12 @@ class ResidentBlocks:
         return self.model.model.layers[index]
 
     def keywords(self, length: int) -> Keywords:
-        from amoeba_deploy.stage1.stand_ins import layer_keywords
+        from amoeba_deploy.stand_ins import layer_keywords
 
         return layer_keywords(self.model, length)
 
     def head(self) -> Head:
-        from amoeba_deploy.stage1.stand_ins import logits_of
+        from amoeba_deploy.stand_ins import logits_of
 
         return logits_of(self.model, self.model.model.norm, self.model.lm_head)
 
@@ -97,7 +97,7 @@ class StreamedBlocks:
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        from amoeba_deploy.stage1.stand_ins import outline
+        from amoeba_deploy.stand_ins import outline
 
         self.folder = folder
         self.depth, self.hidden = folder.architecture.depth, folder.architecture.hidden
@@ -116,7 +116,7 @@ class StreamedBlocks:
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         import torch
 
-        from amoeba_deploy.stage1.stand_ins import front, with_weight
+        from amoeba_deploy.stand_ins import front, with_weight
 
         name = "model.embed_tokens.weight"
         numbers, places = np.unique(ids.numpy(), return_inverse=True)
@@ -137,12 +137,12 @@ class StreamedBlocks:
         return self._loaded[1]
 
     def keywords(self, length: int) -> Keywords:
-        from amoeba_deploy.stage1.stand_ins import layer_keywords
+        from amoeba_deploy.stand_ins import layer_keywords
 
         return layer_keywords(self.outline, length)
 
     def head(self) -> Head:
-        from amoeba_deploy.stage1.stand_ins import logits_of, with_weight
+        from amoeba_deploy.stand_ins import logits_of, with_weight
 
         self._loaded = None
         norm = with_weight(self.outline.model.norm, self._tensor("model.norm.weight"))
@@ -195,7 +195,7 @@ class Forward:
 
     def run(self, unit: int, states: torch.Tensor) -> torch.Tensor:
         """Hidden states [rows, length, hidden] behind a unit from those in front of it."""
-        from amoeba_deploy.stage1.stand_ins import sublayer
+        from amoeba_deploy.stand_ins import sublayer
 
         index = unit // UNITS_A_BLOCK[self.units]
         layer = self.blocks.block(index)

@@ -271,7 +271,7 @@ def _named_text_ids(name: str, tokenizer: Tokenizer, tokens: int) -> tuple[list[
 
     Where the text is cut its last tokens may not be those of the whole, so some more are read and do not count.
     """
-    from amoeba_deploy.stage1.named_data import text_by_name
+    from amoeba_deploy.named_data import text_by_name
 
     characters, before = 8 * tokens, -1
     while True:
@@ -297,7 +297,7 @@ def read_calibration(
     Raises:
         BadInput: it is missing or damaged, too short, or its rows exceed the context.
     """
-    from amoeba_deploy.stage1.named_data import QUESTIONS, TEXTS, questions_by_name
+    from amoeba_deploy.named_data import QUESTIONS, TEXTS, questions_by_name
 
     path = Path(source)
     if path.exists() or path.suffix:
