@@ -1,0 +1,83 @@
+"""From a checkpoint to an elastic model, and from what was tuned to the parts of a checkpoint.
+
+An elastic model holds the units of each block in the order of their scores; files hold them as the base model does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from amoeba_deploy.adapters import NOISE, Adapters, matrices, read_adapter_tensor, tensor_names, write_adapters
+from amoeba_deploy.checkpoint import Checkpoint
+from amoeba_deploy.families import family_of
+from amoeba_deploy.model_folder import load_torch_model
+from amoeba_deploy.stage2.elastic import ElasticModel, axis_order, inverse
+from amoeba_deploy.stage2.mixture import Mixture, MixtureSettings
+
+
+def elastic_model(checkpoint: Checkpoint) -> ElasticModel:
+    """A checkpoint as one model in memory that runs as any of its shapes, in float32 and for evaluation.
+
+    Raises:
+        BadInput: it was imported with masks instead of scores.
+    """
+    mixture = None if checkpoint.adapters is None else _mixture_of(checkpoint, checkpoint.adapters)
+    elastic = ElasticModel(
+        load_torch_model(checkpoint.model.path),
+        checkpoint.selection,
+        checkpoint.architecture,
+        steps=checkpoint.steps,
+        bias=checkpoint.bias,
+        mixture=mixture,
+    )
+    if checkpoint.adapters is not None and mixture is not None:
+        names = [name for name in checkpoint.adapters.infos if name not in NOISE or mixture.gate is not None]
+        stored = {name: torch.from_numpy(read_adapter_tensor(checkpoint.adapters, name)) for name in names}
+        mixture.load(ordered(elastic, stored))
+    return elastic.requires_grad_(False).eval()
+
+
+def _mixture_of(checkpoint: Checkpoint, adapters: Adapters) -> Mixture:
+    settings = MixtureSettings(
+        adapters.experts, adapters.rank, adapters.alpha, adapters.top_k, adapters.mix, gated=bool(adapters.gate)
+    )
+    return Mixture(checkpoint.architecture, settings, adapters.widths)
+
+
+def ordered(
+    elastic: ElasticModel, tensors: Mapping[str, torch.Tensor], *, back: bool = False
+) -> dict[str, torch.Tensor]:
+    """Tensors of the mixture with their units in the elastic model's order, or ``back`` in the base model's."""
+    sizes, found = elastic.sizes, dict(tensors)
+    axes = family_of({"model_type": sizes.family}).block_tensors(sizes)
+    for block, order in enumerate(elastic.orders):
+        for matrix in matrices(sizes):
+            outputs, inputs = axes[f"{matrix}.weight"]
+            # a is [experts, rank, inputs], b is [experts, outputs, rank]
+            for name, place, axis in zip(tensor_names(block, matrix), (2, 1), (inputs, outputs), strict=True):
+                index = axis_order(sizes, axis, order)
+                if index is not None:
+                    index = (inverse(index) if back else index).to(found[name].device)
+                    found[name] = found[name].index_select(place, index)
+    return found
+
+
+def write_mixture(folder: Path, elastic: ElasticModel, mixture: Mixture, dtype: str = "F32") -> None:
+    """Write ``smol.safetensors``; ``dtype`` is that of the experts, the gate is always float32."""
+    settings = mixture.settings
+    tensors = {name: tensor.detach().cpu() for name, tensor in mixture.tensors().items()}
+    arrays = {name: np.ascontiguousarray(t.float().numpy()) for name, t in ordered(elastic, tensors, back=True).items()}
+    write_adapters(
+        folder,
+        arrays,
+        rank=settings.rank,
+        alpha=settings.alpha,
+        top_k=settings.top_k,
+        widths=mixture.widths,
+        mix=settings.mix,
+        dtype=dtype,
+    )
