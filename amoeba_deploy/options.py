@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import click
+
+from amoeba_deploy.errors import BadInput
+from amoeba_deploy.shape import parse_width
 
 _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 _BYTES = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
@@ -57,6 +61,20 @@ class Memory(_Quantity):
     name = "size"
     units = dict(_BYTES)  # noqa: RUF012
     example = "8GB"
+
+
+class Widths(click.ParamType[tuple[Fraction, ...]]):
+    """Widths separated by commas, as exact ratios."""
+
+    name = "widths"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Fraction, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(parse_width(part) for part in comma_list(str(value)))
+        except BadInput as error:
+            self.fail(str(error), param, ctx)
 
 
 class Workers(click.ParamType[int]):

@@ -32,18 +32,10 @@ from amoeba_deploy.plan import Steps
 from amoeba_deploy.selection import Selection
 from amoeba_deploy.shape import Shape
 from amoeba_deploy.stage2.mixture import Experts, Mixture, Shares
+from amoeba_deploy.stage2.quantised import QuantisedLinear
 from amoeba_deploy.stand_ins import logits_of, with_parts
 
-Weight = Callable[[nn.Module], torch.Tensor]
-"""The weight [out, in] that a linear layer stands for, also where it is held in fewer bits."""
 ATTENTION, FEED_FORWARD = "self_attn", "mlp"
-
-
-def plain_weight(linear: nn.Module) -> torch.Tensor:
-    """The weight of an ordinary linear layer."""
-    weight = linear.weight
-    assert isinstance(weight, torch.Tensor)
-    return weight
 
 
 @dataclass
@@ -68,6 +60,10 @@ class Kept:
         parts = [tensor[begin:end] for begin, end in self.rows]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def of_weight(self, weight: torch.Tensor) -> torch.Tensor:
+        """The kept rows and columns of a weight [out, in]."""
+        return self.of_rows(weight)[:, : self.columns]
+
 
 class ElasticLinear(nn.Module):
     """A linear layer of the full model run with some of its rows and columns, and with what tuning adds to it.
@@ -78,7 +74,6 @@ class ElasticLinear(nn.Module):
 
     base: Any
     kept: Kept
-    weight_of: Weight
     experts: Experts | None
     mixing: Mixing
     mean: torch.Tensor | None
@@ -87,25 +82,22 @@ class ElasticLinear(nn.Module):
         self,
         base: nn.Module,
         kept: Kept,
-        weight: Weight,
         experts: Experts | None,
         mixing: Mixing,
         mean: torch.Tensor | None = None,
     ) -> None:
         super().__init__()
         # Not registered: a stand-in owns nothing, and torch would list shared parameters once for every shape.
-        self.__dict__.update(base=base, kept=kept, weight_of=weight, experts=experts, mixing=mixing, mean=mean)
+        self.__dict__.update(base=base, kept=kept, experts=experts, mixing=mixing, mean=mean)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Outputs [..., kept rows] of inputs [..., kept columns]."""
         kept = self.kept
-        whole = self.weight_of(self.base)
-        rows = kept.of_rows(whole)
-        bias = None if self.base.bias is None else kept.of_rows(self.base.bias)
-        outputs = nn.functional.linear(inputs, rows[:, : kept.columns], bias)
+        outputs = self._of_base(inputs)
         removed = None if self.mean is None else self.mean[kept.columns :]
         if removed is not None and len(removed):
-            outputs = outputs + rows[:, kept.columns :] @ removed.to(rows.dtype)
+            others = kept.of_rows(self.base.weight)[:, kept.columns :]
+            outputs = outputs + others @ removed.to(others.dtype)
         if self.experts is None:
             return outputs
         if self.mixing.shares is None:
@@ -116,6 +108,15 @@ class ElasticLinear(nn.Module):
             inner = inner + a[:, kept.columns :] @ removed
         flat = torch.addmm(outputs.flatten(0, -2), inner.flatten(0, -2), kept.of_rows(b).t())
         return flat.view(outputs.shape)
+
+    def _of_base(self, inputs: torch.Tensor) -> torch.Tensor:
+        """What the base model's layer gives."""
+        base, kept = self.base, self.kept
+        bias = None if base.bias is None else kept.of_rows(base.bias)
+        if isinstance(base, QuantisedLinear):
+            outputs = base.product(inputs, kept.of_weight)
+            return outputs if bias is None else outputs + bias
+        return nn.functional.linear(inputs, kept.of_weight(base.weight), bias)
 
 
 class _Constant(nn.Module):
@@ -155,7 +156,6 @@ class ElasticModel(nn.Module):
         steps: Steps | None = None,
         bias: bool = False,
         mixture: Mixture | None = None,
-        weight: Weight = plain_weight,
         ordered: bool = False,
     ) -> None:
         """Put the model's units in the order of their scores, in place, unless they are ``ordered`` already.
@@ -167,7 +167,6 @@ class ElasticModel(nn.Module):
             steps: the numbers of units that a block may keep; the finest where left out.
             bias: whether removed channels are replaced by their mean (compensation).
             mixture: experts to run with, their units in the same order.
-            weight: gives a linear layer's weight, where it is held in fewer bits.
             ordered: the model's units are in order already.
 
         Raises:
@@ -177,7 +176,7 @@ class ElasticModel(nn.Module):
         if selection.masks is not None:
             raise BadInput("masks say what a few widths keep and not in which order; tune with a selection of scores")
         self.model, self.selection, self.sizes = model, selection, sizes
-        self.steps, self.bias, self.mixture, self.weight_of = steps or Steps.of(sizes), bias, mixture, weight
+        self.steps, self.bias, self.mixture = steps or Steps.of(sizes), bias, mixture
         self.orders = [unit_orders(selection, sizes, index) for index in range(sizes.depth)]
         self.mixing = Mixing()
         self.noise: torch.Generator | None = None
@@ -316,7 +315,7 @@ class ElasticModel(nn.Module):
             mean = self._means[index][matrix.endswith("down_proj")]
         experts = None if self.mixture is None else self.mixture.experts(index, matrix)
         kept = Kept(tuple(rows), part.extent(axes[1]))
-        return ElasticLinear(layer.get_submodule(matrix), kept, self.weight_of, experts, self.mixing, mean)
+        return ElasticLinear(layer.get_submodule(matrix), kept, experts, self.mixing, mean)
 
 
 Order = Mapping[Dim, torch.Tensor]

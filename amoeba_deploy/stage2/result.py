@@ -5,7 +5,7 @@ An elastic model holds the units of each block in the order of their scores; fil
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +13,12 @@ import torch
 
 from amoeba_deploy.adapters import NOISE, Adapters, matrices, read_adapter_tensor, tensor_names, write_adapters
 from amoeba_deploy.checkpoint import Checkpoint
+from amoeba_deploy.extraction.folder import SHARD_BYTES, other_files
 from amoeba_deploy.families import family_of
-from amoeba_deploy.model_folder import load_torch_model
-from amoeba_deploy.stage2.elastic import ElasticModel, axis_order, inverse
+from amoeba_deploy.model_folder import ModelFolder, load_torch_model
+from amoeba_deploy.stage2.elastic import ElasticModel, axis_order, inverse, reorder
 from amoeba_deploy.stage2.mixture import Mixture, MixtureSettings
+from amoeba_deploy.tensors import Array, from_float32, made_source, write_model_tensors
 
 
 def elastic_model(checkpoint: Checkpoint) -> ElasticModel:
@@ -81,3 +83,24 @@ def write_mixture(folder: Path, elastic: ElasticModel, mixture: Mixture, dtype: 
         mix=settings.mix,
         dtype=dtype,
     )
+
+
+def write_base(folder: Path, elastic: ElasticModel, base: ModelFolder) -> ModelFolder:
+    """Write the tuned weights of a whole model as a folder like its base model's, in the base model's dtypes.
+
+    The elastic model's units are put back in the base model's order, in place.
+    """
+    reorder(elastic.model, elastic.sizes, elastic.orders, back=True)
+    parameters = dict(elastic.model.named_parameters())
+
+    def values(name: str) -> Callable[[], Array]:
+        return lambda: from_float32(parameters[name].detach().float().cpu().numpy(), base.tensors.info(name).dtype)
+
+    names = [name for name in base.tensors.infos if name in parameters]
+    sources = {
+        name: made_source(base.tensors.info(name).dtype, base.tensors.info(name).shape, values(name)) for name in names
+    }
+    write_model_tensors(folder, sources, SHARD_BYTES, {"format": "pt"})
+    for file in (base.path / "config.json", *other_files(base)):
+        (folder / file.name).write_bytes(file.read_bytes())
+    return ModelFolder(folder)
