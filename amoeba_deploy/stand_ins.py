@@ -16,14 +16,21 @@ import torch
 
 def with_parts(module: Any, **parts: torch.nn.Module) -> Any:
     """A module like another in which some of its submodules are others; the rest, and all weights, are shared."""
-    found = copy.copy(module)
+    found = shallow_copy(module)
     found._modules = {**module._modules, **parts}
+    return found
+
+
+def shallow_copy(module: Any) -> Any:
+    """Another module of the same class with the same attributes; no ``__new__`` of a wrapper has a say in it."""
+    found = object.__new__(type(module))
+    found.__dict__.update(module.__dict__)
     return found
 
 
 def with_weight(module: Any, weight: torch.Tensor) -> Any:
     """A module like another with another weight."""
-    found = copy.copy(module)
+    found = shallow_copy(module)
     found._parameters = {**module._parameters, "weight": torch.nn.Parameter(weight, requires_grad=False)}
     return found
 

@@ -28,7 +28,7 @@ from amoeba_deploy.architecture import Architecture
 from amoeba_deploy.families import read_architecture
 from amoeba_deploy.selection import BlockScores, DepthChoice, Selection
 from amoeba_deploy.shape import Shape
-from amoeba_deploy.stage2.distillation import answer_loss
+from amoeba_deploy.stage2.distillation import Teacher, answer_loss
 from amoeba_deploy.stage2.elastic import ElasticModel
 from amoeba_deploy.stage2.mixture import Mixture, MixtureSettings
 from amoeba_deploy.stage2.sandwich import Space, sandwich
@@ -140,7 +140,10 @@ def step(elastic: ElasticModel, ids: torch.Tensor, shapes: list[Shape], dtype: s
         with elastic.shape(shape):
             with torch.autocast(ids.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
                 states = elastic.states(ids)[:, :-1].flatten(0, 1)
-                LOSS
+                taught = None if teacher else Teacher(head, states)
+                wanted = ids[:, 1:].flatten()
+                loss = answer_loss(head, states, wanted, teacher=teacher, taught=taught) / len(wanted)
+                teacher = teacher or taught
             loss.backward()
         losses.append(float(loss))
     return losses

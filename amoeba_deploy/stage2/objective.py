@@ -12,6 +12,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from amoeba_deploy.shape import Shape
 from amoeba_deploy.stage2.batches import Batch
 from amoeba_deploy.stage2.distillation import Teacher, answer_loss
@@ -59,12 +61,22 @@ def backward(
         with elastic.shape(shape):
             with processes.autocast():
                 states = elastic.states(batch.ids, batch.positions).flatten(0, 1)[batch.places]
-                LOSS
+                if index == 0 and len(shapes) > 1 and objective.distillation > 0:
+                    teacher = Teacher(head, states)
+                loss = answer_loss(
+                    head,
+                    states,
+                    batch.wanted,
+                    parameters=parameters,
+                    teacher=teacher if index else None,
+                    share=objective.distillation,
+                    taught=None if index else teacher,
+                )
             mean = float(processes.sum(loss.detach())) / count
             means.append(mean)
             if not math.isfinite(mean):
                 return means + [math.nan] * (len(shapes) - len(means))
             factor = means[0] / mean if objective.balance and mean else 1.0
-            (loss * (factor * weight / (count * len(shapes)))).backward()
+            torch.autograd.backward(loss * (factor * weight / (count * len(shapes))))
         after(index)
     return means

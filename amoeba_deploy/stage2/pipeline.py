@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,6 @@ from amoeba_deploy.extraction.folder import DTYPES
 from amoeba_deploy.extraction.ragged import refuse_ragged
 from amoeba_deploy.model_folder import ModelFolder, load_torch_model, resolve_model
 from amoeba_deploy.plan import NEURON_MULTIPLE, Steps
-from amoeba_deploy.progress import Progress
 from amoeba_deploy.selection import Selection, read_selection, write_selection
 from amoeba_deploy.shape import Shape
 from amoeba_deploy.stage2.batches import Batches
@@ -104,6 +101,7 @@ def tuned_parameters(elastic: ElasticModel) -> dict[str, torch.nn.Parameter]:
 def make_trainer(subject: Subject, batches: Batches, settings: Settings, processes: Processes) -> Trainer:
     """A run at its first step."""
     elastic = make_elastic(subject, settings, processes.device)
+    processes.shard(elastic.model.model.layers)
     return Trainer(elastic, tuned_parameters(elastic), batches, subject.space(settings), settings, processes)
 
 

@@ -4,15 +4,23 @@ Every process runs the same shapes on its own rows. What they agree on is summed
 because balancing needs them before the backward pass, and the gradients, once a step. (DistributedDataParallel reduces
 in the backward pass of one forward pass, in which every parameter takes part; here a step has several, over different
 blocks and experts.)
+
+Under ``accelerate launch --use_fsdp --fsdp_version 2`` each process holds a share of every block of the model (FSDP2)
+and gathers a block while it runs; what lies outside the blocks, and the experts, is held by all.
 """
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from amoeba_deploy.errors import BadInput
 
 MixedPrecision = Literal["no", "bf16"]
 _BUCKET = 1 << 25
@@ -32,6 +40,10 @@ class Processes:
         self.accelerator: Any = Accelerator(mixed_precision=mixed_precision, cpu=cpu)
         self.rank, self.count = int(self.accelerator.process_index), int(self.accelerator.num_processes)
         self.device: torch.device = self.accelerator.device
+        self.sharded = self.count > 1 and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+        """Whether blocks are held in shares. Read from the launcher, because accelerate ignores it on the CPU."""
+        if self.sharded and os.environ.get("FSDP_VERSION", "1") != "2":
+            raise BadInput("blocks are sharded by FSDP2 only; add --fsdp_version 2 to accelerate launch")
 
     @property
     def main(self) -> bool:
@@ -50,6 +62,17 @@ class Processes:
         found: torch.Tensor = self.accelerator.reduce(values, reduction="sum")
         return found
 
+    def shard(self, blocks: Iterable[torch.nn.Module]) -> None:
+        """Leave this process its share of each block, where the launcher asked for that."""
+        if not self.sharded:
+            return
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh(self.device.type, (self.count,))
+        for block in blocks:
+            fully_shard(block, mesh=mesh)
+
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Sum all gradients over all processes, in place; what has none in this process counts as zero."""
         if self.count == 1:
@@ -59,6 +82,9 @@ class Processes:
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
+            if isinstance(parameter.grad, DTensor):  # the mean was taken in the backward pass
+                parameter.grad.mul_(self.count)
+                continue
             waiting.append(parameter.grad)
             size += parameter.numel()
             if size >= _BUCKET:
@@ -71,6 +97,32 @@ class Processes:
         flat = self.sum(torch.cat([tensor.flatten() for tensor in tensors]))
         for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
+
+    def clip(self, parameters: Iterable[torch.nn.Parameter], limit: float) -> float:
+        """Scale all gradients so that their norm together is at most ``limit``, 0 for no limit; returns what it was."""
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        shares = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
+        local = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
+        squares = torch.nn.utils.get_total_norm(local) ** 2 if local else torch.zeros((), device=self.device)
+        if shares:
+            own = torch.nn.utils.get_total_norm([share.to_local() for share in shares]) ** 2
+            squares = squares + self.sum(own)
+        norm = math.sqrt(float(squares))
+        if limit and norm > limit:
+            for gradient in gradients:
+                gradient.mul_(limit / (norm + 1e-6))
+        return norm
+
+    def whole(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor of which each process may hold a share; all processes must ask for it."""
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+    def share(self, tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """This process's share of a whole tensor, where another like it is held in shares."""
+        tensor = tensor.to(like.device)
+        if not isinstance(like, DTensor):
+            return tensor
+        return distribute_tensor(tensor, like.device_mesh, like.placements)
 
     def wait(self) -> None:
         """Go on when all processes have come here."""

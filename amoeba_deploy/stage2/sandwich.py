@@ -1,4 +1,4 @@
-"""Which shapes a step trains: the largest, the smallest, and a few random ones (the sandwich rule, arXiv 1903.05134)."""
+"""Which shapes a step trains: the largest, the smallest and some random ones (the sandwich rule, arXiv 1903.05134)."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,7 +61,12 @@ class Trainer:
         """Prepare a run that tunes the named ``parameters`` of ``elastic``."""
         self.elastic, self.parameters, self.batches = elastic.train(), dict(parameters), batches
         self.space, self.settings, self.processes = space, settings, processes
-        self.optimiser = torch.optim.AdamW(self.parameters.values(), lr=settings.learning_rate, weight_decay=0.0)
+        self.optimiser = torch.optim.AdamW(
+            self.parameters.values(),
+            lr=settings.learning_rate,
+            weight_decay=0.0,
+            foreach=False if processes.sharded else None,  # shares and whole tensors cannot be updated together
+        )
         self.objective = Objective(settings.distillation, settings.balance)
         self.done = 0
 
@@ -92,12 +97,12 @@ class Trainer:
                 self.optimiser.zero_grad(set_to_none=True)
                 raise Diverged(f"the loss of {shape} in step {number + 1} is not finite")
         combination.finish()
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), settings.clip or math.inf)
+        norm = self.processes.clip(self.parameters.values(), settings.clip)
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         self.done += 1
         by_shape = dict(zip(shapes, losses, strict=True))
-        return Step(self.done, by_shape, rate, float(norm), tokens, time.perf_counter() - began)
+        return Step(self.done, by_shape, rate, norm, tokens, time.perf_counter() - began)
 
     def _combination(self, number: int) -> Combination:
         parameters = list(self.parameters.values())
@@ -134,22 +139,23 @@ class Trainer:
         return losses, int(sum(tokens))
 
     def state(self) -> Tensors:
-        """All that a run needs to go on, by name."""
+        """All that a run needs to go on, by name; all processes must ask for it together."""
         found: Tensors = {}
         for name, parameter in self.parameters.items():
-            found[name] = parameter.detach()
+            found[name] = self.processes.whole(parameter.detach())
             for moment in _MOMENTS if self.done else ():
-                found[f"{moment}:{name}"] = self.optimiser.state[parameter][moment]
+                found[f"{moment}:{name}"] = self.processes.whole(self.optimiser.state[parameter][moment])
         return found
 
     def load(self, done: int, state: Mapping[str, torch.Tensor]) -> None:
         """Go on from what ``state`` gave after so many steps."""
         with torch.no_grad():
             for name, parameter in self.parameters.items():
-                parameter.copy_(state[name])
+                parameter.copy_(self.processes.share(state[name], parameter))
                 if done:
-                    saved = {moment: state[f"{moment}:{name}"].clone() for moment in _MOMENTS}
                     self.optimiser.state[parameter] = {
-                        key: value if key == "step" else value.to(parameter.device) for key, value in saved.items()
+                        # The count of steps stays on the CPU, where torch keeps it.
+                        moment: value.clone() if moment == "step" else self.processes.share(value, parameter)
+                        for moment, value in ((moment, state[f"{moment}:{name}"]) for moment in _MOMENTS)
                     }
         self.done = done
