@@ -1,9 +1,10 @@
 """Tuned adapters: a mixture of low-rank experts whose weights depend on the shape, in ``smol.safetensors``.
 
 Every linear layer of the blocks has E experts, A [r, in] and B [out, r] each. One gate for the whole model sees which
-blocks are kept and how wide they are, and gives each expert its share; the factors are mixed, not the products:
-delta W = alpha/r (sum_k g_k B_k) (sum_k g_k A_k) (AmoebaLLM, arXiv 2411.10606, and its released code). Noise belongs to
-training alone: here the same shape always gives the same weights.
+blocks are kept and how wide they are, and gives each expert its share. The factors are mixed, delta W = alpha/r
+(sum_k g_k B_k) (sum_k g_k A_k) (AmoebaLLM, arXiv 2411.10606, and its released code), or where the file says so the
+products, delta W = alpha/r sum_k g_k B_k A_k. Noise belongs to training alone: here the same shape always gives the
+same weights.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,8 +29,9 @@ from amoeba_deploy.tensors import (
     OpenFile,
     TensorInfo,
     TensorSource,
-    array_source,
     as_float32,
+    from_float32,
+    made_source,
     read_header,
     write_tensors,
 )
@@ -37,6 +40,8 @@ ADAPTERS = "smol.safetensors"
 GATE = ("gate.0.weight", "gate.0.bias", "gate.1.weight", "gate.1.bias")
 NOISE = ("gate.noise.weight", "gate.noise.bias")
 Numbers = NDArray[np.float32]
+Mix = Literal["factors", "products"]
+"""What the gate's shares multiply: each factor, before the one product; or the products of the experts."""
 
 
 def width_code(width: Fraction, widths: Sequence[Fraction]) -> NDArray[np.float64]:
@@ -85,6 +90,7 @@ class Adapters:
     alpha: float
     top_k: int
     widths: tuple[Fraction, ...]
+    mix: Mix = "factors"
 
     def mixture(self, kept_blocks: Sequence[int], width: Fraction) -> Numbers:
         """Every expert's share [E] for a subnet: softmax over the best ``top_k`` logits, zero for the others."""
@@ -105,19 +111,27 @@ class Adapters:
         name_a, name_b = tensor_names(block, matrix)
         if name_a not in self.infos:
             return None
-        scale = np.float32(self.alpha / self.rank)
-        return LowRank(self._mixed(name_a, mixture), self._mixed(name_b, mixture * scale))
+        scaled = mixture * np.float32(self.alpha / self.rank)
+        if self.mix == "factors":
+            return LowRank(self._mixed(name_a, mixture), self._mixed(name_b, scaled))
+        # A sum of products is the product of the factors side by side.
+        kept = [int(index) for index in np.flatnonzero(mixture)]
+        a, b = ([self._expert(name, index) for index in kept] for name in (name_a, name_b))
+        shared = [scaled[index] * part for index, part in zip(kept, b, strict=True)]
+        return LowRank(np.concatenate(a), np.concatenate(shared, axis=1))
 
     def _mixed(self, name: str, shares: Numbers) -> Numbers:
-        info = self.infos[name]
-        size = info.length // self.experts
-        found = np.zeros(info.shape[1:], np.float32)
-        expert: Array = np.empty(info.shape[1:], NUMPY_OF[info.dtype])
-        numbers = np.empty(info.shape[1:], np.float32)
+        found = np.zeros(self.infos[name].shape[1:], np.float32)
+        numbers = np.empty_like(found)
         for index in np.flatnonzero(shares):
-            self.file.read_into(expert, info.offset + int(index) * size)
-            found += np.multiply(as_float32(expert, info.dtype), shares[index], out=numbers)
+            found += np.multiply(self._expert(name, int(index)), shares[index], out=numbers)
         return found
+
+    def _expert(self, name: str, index: int) -> Numbers:
+        info = self.infos[name]
+        expert: Array = np.empty(info.shape[1:], NUMPY_OF[info.dtype])
+        self.file.read_into(expert, info.offset + index * (info.length // self.experts))
+        return as_float32(expert, info.dtype)
 
 
 def read_adapters(folder: Path, sizes: Architecture) -> Adapters:
@@ -135,6 +149,10 @@ def read_adapters(folder: Path, sizes: Architecture) -> Adapters:
             raise ValueError
     except (KeyError, ValueError, TypeError, AttributeError, OverflowError):
         raise BadInput(f"{path}: its metadata must have rank, alpha, top_k and descending widths; tune again") from None
+
+    mix: Mix = metadata.get("mix", "factors")  # type: ignore[assignment]  # any text, until here
+    if mix not in get_args(Mix):
+        raise BadInput(f"{path}: mixes {str(mix)[:40]!r} where this version knows factors and products; tune again")
 
     def check(name: str, shape: tuple[int, ...]) -> None:
         info = infos.get(name)
@@ -161,7 +179,7 @@ def read_adapters(folder: Path, sizes: Architecture) -> Adapters:
     gate = {name: _whole(file, infos[name]) for name in GATE} if gated else {}
     if not all(np.isfinite(values).all() for values in gate.values()):
         raise BadInput(f"{path}: its gate holds numbers that are not finite; tune again")
-    return Adapters(file, infos, gate, sizes.depth, experts, rank, alpha, top_k, widths)
+    return Adapters(file, infos, gate, sizes.depth, experts, rank, alpha, top_k, widths, mix)
 
 
 def check_finite(adapters: Adapters) -> int:
@@ -190,19 +208,26 @@ def write_adapters(
     alpha: float,
     top_k: int,
     widths: Sequence[Fraction],
+    mix: Mix = "factors",
+    dtype: Literal["F32", "BF16", "F16"] = "F32",
 ) -> None:
     """Write ``smol.safetensors``: tensors by the names of this format, and the settings as metadata.
 
-    Arrays are written as float32; sources give their values when they are written.
+    The experts' arrays are written as ``dtype``, the gate's as float32; sources have their own dtype, and give their
+    values when they are written.
     """
     settings = {
         "alpha": repr(float(alpha)),
+        "mix": mix,
         "rank": str(rank),
         "top_k": str(top_k),
         "widths": ",".join(format_width(width) for width in sorted(widths, reverse=True)),
     }
-    sources = {
-        name: found if isinstance(found, TensorSource) else array_source(np.asarray(found, np.float32), "F32")
-        for name, found in tensors.items()
-    }
-    write_tensors(folder / ADAPTERS, sources, settings)
+
+    def source(name: str, found: Numbers | TensorSource) -> TensorSource:
+        if isinstance(found, TensorSource):
+            return found
+        kind = "F32" if name.startswith("gate.") else dtype
+        return made_source(kind, found.shape, lambda: from_float32(np.asarray(found, np.float32), kind))
+
+    write_tensors(folder / ADAPTERS, {name: source(name, found) for name, found in tensors.items()}, settings)

@@ -10,7 +10,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -53,6 +53,8 @@ class Checkpoint:
     adapters: Adapters | None
     base_name: str | None = None
     """The hub's name of the base model, where it came from there."""
+    tuning: dict[str, Any] = field(default_factory=dict)
+    """With what settings and data its adapters were tuned; empty where they were not, or where it is not known."""
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name} at {self.path}>"
@@ -228,6 +230,9 @@ def open_checkpoint(path: Path | None = None) -> Checkpoint:
         raise BadInput(
             f"{folder / 'amoeba.json'}: base, multiple, widths or name is missing or wrong; create it again"
         ) from None
+    tuning = head.get("tuning", {})
+    if not isinstance(tuning, dict):
+        raise BadInput(f"{folder / 'amoeba.json'}: its entry tuning is not a JSON object; create it again")
     policy, bias, kind = head.get("policy"), head.get("bias"), head.get("adapters")
     if policy not in ("uniform", "adaptive") or bias not in ("on", "off") or kind not in (None, *ADAPTER_KINDS):
         raise BadInput(
@@ -258,7 +263,7 @@ def open_checkpoint(path: Path | None = None) -> Checkpoint:
         raise BadInput(f"{folder}: holds {ADAPTERS}, and amoeba.json says that there are no adapters; create it again")
     adapters = None if kind is None else read_adapters(folder, model.architecture)
     return Checkpoint(
-        folder, name, model, selection, quality, multiple, widths, policy, bias == "on", adapters, base_name
+        folder, name, model, selection, quality, multiple, widths, policy, bias == "on", adapters, base_name, tuning
     )
 
 
@@ -322,8 +327,12 @@ def finish_checkpoint(
     multiple: int = NEURON_MULTIPLE,
     widths: Sequence[Fraction] = WIDTHS,
     adapters: str | None = None,
+    tuning: dict[str, Any] | None = None,
 ) -> Checkpoint:
-    """Write ``amoeba.json``, and the base model if it belongs inside, beside the parts of a checkpoint; and open it."""
+    """Write ``amoeba.json``, and the base model if it belongs inside, beside the parts of a checkpoint; and open it.
+
+    ``tuning``: the settings and data of stage 2, as JSON values that the same command gives again: no times.
+    """
     base = str(model.path)
     if include_base:
         base = "base"
@@ -338,7 +347,7 @@ def finish_checkpoint(
         "multiple": multiple,
         "widths": [width_to_json(width) for width in widths],
         "adapters": adapters,
-    }
+    } | ({} if tuning is None else {"tuning": tuning})
     write_json(output / "amoeba.json", head)
     return open_checkpoint(output)
 

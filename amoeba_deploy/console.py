@@ -124,6 +124,7 @@ def checkpoint_json(checkpoint: Checkpoint) -> dict[str, Any]:
         "policy": checkpoint.policy,
         "bias": _on(checkpoint.bias),
         "adapters": checkpoint.adapters is not None,
+        "tuning": checkpoint.tuning or None,
         "masked_widths": None
         if checkpoint.selection.masks is None
         else [width_to_json(width) for width in checkpoint.selection.masks.widths],

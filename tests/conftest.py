@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 from numpy.typing import NDArray
 
-from amoeba_deploy.adapters import GATE, matrices, tensor_names, write_adapters
+from amoeba_deploy.adapters import GATE, Mix, matrices, tensor_names, write_adapters
 from amoeba_deploy.checkpoint import Checkpoint, create_checkpoint, open_checkpoint
 from amoeba_deploy.cli import main
 from amoeba_deploy.model_folder import ModelFolder
@@ -173,9 +173,15 @@ def random_selection(model: ModelFolder, seed: int = 0) -> Selection:
 
 
 def random_adapters(
-    model: ModelFolder, folder: Path, widths: Sequence[Fraction], *, experts: int = 5, gated: bool = True
+    model: ModelFolder,
+    folder: Path,
+    widths: Sequence[Fraction],
+    *,
+    experts: int = 5,
+    gated: bool = True,
+    mix: Mix = "factors",
 ) -> dict[str, NDArray[np.float32]]:
-    """Write ``smol.safetensors`` with random experts of rank 4 and a random gate, two experts at a time."""
+    """Write ``smol.safetensors`` with random experts of rank 4 and a random gate that mixes two at a time."""
     rng = np.random.default_rng(3)
 
     def numbers(*shape: int) -> NDArray[np.float32]:
@@ -188,8 +194,8 @@ def random_adapters(
             tensors |= {name_a: 0.3 * numbers(experts, 4, columns), name_b: 0.05 * numbers(experts, rows, 4)}
     if gated:
         shapes = (16, model.architecture.depth + len(widths)), (16,), (experts, 16), (experts,)
-        tensors |= {name: numbers(*shape) for name, shape in zip(GATE, shapes, strict=True)}
-    write_adapters(folder, tensors, rank=4, alpha=16, top_k=min(2, experts), widths=widths)
+        tensors |= {name: 0.3 * numbers(*shape) for name, shape in zip(GATE, shapes, strict=True)}
+    write_adapters(folder, tensors, rank=4, alpha=16, top_k=min(2, experts), widths=widths, mix=mix)
     return tensors
 
 

@@ -1,7 +1,8 @@
 """Tuned adapters: the gate, the mixture of experts, and the merge on the way of extraction.
 
 The reference is the method as it is written down: every linear layer of the full model computes
-W x + alpha/r (sum g_k B_k) (sum g_k A_k) x in its forward pass, with removed units masked.
+W x + alpha/r (sum g_k B_k) (sum g_k A_k) x, or W x + alpha/r sum g_k B_k A_k x, in its forward pass, with removed
+units masked.
 """
 
 from __future__ import annotations
@@ -19,8 +20,19 @@ from conftest import random_adapters, random_selection
 from test_compensation import logits_at_means
 from test_families import TOLERANCE, masked_logits, relative_error, stock_logits
 
-from amoeba_deploy.adapters import ADAPTERS, Adapters, matrices, read_adapters, tensor_names, width_code, write_adapters
-from amoeba_deploy.checkpoint import Checkpoint, create_checkpoint, open_checkpoint
+from amoeba_deploy.adapters import (
+    ADAPTERS,
+    GATE,
+    Adapters,
+    Mix,
+    matrices,
+    read_adapters,
+    tensor_names,
+    width_code,
+    write_adapters,
+)
+from amoeba_deploy.checkpoint import Checkpoint, create_checkpoint, finish_checkpoint, open_checkpoint
+from amoeba_deploy.console import checkpoint_json
 from amoeba_deploy.errors import BadInput
 from amoeba_deploy.extraction.folder import extract
 from amoeba_deploy.files import read_json_object, write_json
@@ -28,20 +40,20 @@ from amoeba_deploy.model_folder import ModelFolder
 from amoeba_deploy.plan import Plan
 from amoeba_deploy.selection import write_selection
 from amoeba_deploy.shape import Shape
-from amoeba_deploy.tensors import as_float32, from_float32
+from amoeba_deploy.tensors import TensorSource, array_source, as_float32, from_float32, read_header, write_tensors
 
 Models = Callable[[str], ModelFolder]
 WIDTHS = (Fraction(1), Fraction(7, 8), Fraction(3, 4), Fraction(1, 2))
 
 
-def tuned_checkpoint(model: ModelFolder, folder: Path, bias: bool = False) -> Checkpoint:
+def tuned_checkpoint(model: ModelFolder, folder: Path, bias: bool = False, mix: Mix = "factors") -> Checkpoint:
     """A checkpoint of a model with random scores and random adapters."""
     selection = folder / "selection"
     (made := folder / "checkpoint").mkdir(parents=True)
     selection.mkdir()
     write_selection(selection, random_selection(model))
     create_checkpoint(str(model.path), selection, made, bias=bias)
-    random_adapters(model, made, WIDTHS)
+    random_adapters(model, made, WIDTHS, mix=mix)
     write_json(made / "amoeba.json", read_json_object(made / "amoeba.json") | {"adapters": "smol"})
     return open_checkpoint(made)
 
@@ -70,10 +82,13 @@ def full_tuned_model(checkpoint: Checkpoint, plan: Plan, folder: Path) -> ModelF
     for block, layer in enumerate(stock.model.layers):
         for matrix in matrices(model.architecture):
             name_a, name_b = tensor_names(block, matrix)
-            a = torch.einsum("e,eri->ri", shares, experts[name_a])
-            b = torch.einsum("e,eor->or", shares, experts[name_b])
+            a, b = experts[name_a], experts[name_b]
+            if adapters.mix == "factors":
+                mixed = torch.einsum("e,eor->or", shares, b) @ torch.einsum("e,eri->ri", shares, a)
+            else:
+                mixed = torch.einsum("e,eor,eri->oi", shares, b, a)
             linear = layer.get_submodule(matrix)
-            change = adapters.alpha / adapters.rank * (b @ a)
+            change = adapters.alpha / adapters.rank * mixed
             linear.weight.data = (linear.weight.data.double() + change).float()
     stock.save_pretrained(folder)
     return ModelFolder(folder)
@@ -86,10 +101,13 @@ def expert_tensors(adapters: Adapters, name: str) -> torch.Tensor:
     return torch.from_numpy(values)
 
 
+@pytest.mark.parametrize("mix", ["factors", "products"])
 @pytest.mark.parametrize("shape", ["4x1", "3x0.8", "2x0.5"])
 @pytest.mark.parametrize("name", ["llama-grouped-tied", "llama-biases", "qwen2", "qwen3", "mistral"])
-def test_a_tuned_subnet_is_the_merged_model_masked(name: str, shape: str, models: Models, tmp_path: Path) -> None:
-    checkpoint = tuned_checkpoint(models(name), tmp_path)
+def test_a_tuned_subnet_is_the_merged_model_masked(
+    name: str, shape: str, mix: Mix, models: Models, tmp_path: Path
+) -> None:
+    checkpoint = tuned_checkpoint(models(name), tmp_path, mix=mix)
     plan = checkpoint.plan_of(shape)
     (tmp_path / "subnet").mkdir()
     extract(checkpoint.model, plan, tmp_path / "subnet", learnt=checkpoint.learnt(plan))
@@ -99,8 +117,9 @@ def test_a_tuned_subnet_is_the_merged_model_masked(name: str, shape: str, models
     assert relative_error(found, masked_logits(checkpoint.model, plan)) > 0.01  # the adapters are not small
 
 
-def test_compensation_is_of_the_tuned_weights(models: Models, tmp_path: Path) -> None:
-    checkpoint = tuned_checkpoint(models("llama-grouped-tied"), tmp_path, bias=True)
+@pytest.mark.parametrize("mix", ["factors", "products"])
+def test_compensation_is_of_the_tuned_weights(mix: Mix, models: Models, tmp_path: Path) -> None:
+    checkpoint = tuned_checkpoint(models("llama-grouped-tied"), tmp_path, bias=True, mix=mix)
     plan = checkpoint.plan_of("3x0.5")
     (tmp_path / "subnet").mkdir()
     extract(checkpoint.model, plan, tmp_path / "subnet", learnt=checkpoint.learnt(plan))
@@ -173,6 +192,73 @@ def test_a_single_expert_needs_no_gate(models: Models, tmp_path: Path) -> None:
     random_adapters(model, tmp_path, WIDTHS, experts=1, gated=False)
     adapters = read_adapters(tmp_path, model.architecture)
     assert adapters.mixture((0,), Fraction(1, 2)).tolist() == [1]
+
+
+def test_the_mixes_differ_where_several_experts_are_kept(models: Models, tmp_path: Path) -> None:
+    model = models("llama-grouped-tied")
+    random_adapters(model, tmp_path, WIDTHS)
+    factors = read_adapters(tmp_path, model.architecture)
+    products = replace(factors, mix="products")
+    shares = factors.mixture((0, 2), Fraction(3, 4))
+    one, several = (each.low_rank(shares, 1, "mlp.up_proj") for each in (factors, products))
+    assert one is not None
+    assert several is not None
+    assert (one.a.shape[0], several.a.shape[0], several.b.shape[1]) == (4, 8, 8)
+    assert relative_error(torch.from_numpy(several.b @ several.a), torch.from_numpy(one.b @ one.a)) > 0.1
+    alone = np.eye(5, dtype=np.float32)[3]
+    one, several = (each.low_rank(alone, 1, "mlp.up_proj") for each in (factors, products))
+    assert one is not None
+    assert several is not None
+    assert np.array_equal(one.a, several.a)
+    assert np.array_equal(one.b, several.b)
+
+
+def test_a_file_that_names_no_mix_mixes_factors(models: Models, tmp_path: Path) -> None:
+    model = models("llama-grouped-tied")
+    tensors = random_adapters(model, tmp_path, WIDTHS, mix="products")
+    _, metadata = read_header(tmp_path / ADAPTERS)
+    assert metadata["mix"] == read_adapters(tmp_path, model.architecture).mix == "products"
+    sources: dict[str, TensorSource] = {name: array_source(values, "F32") for name, values in tensors.items()}
+    write_tensors(tmp_path / ADAPTERS, sources, {key: value for key, value in metadata.items() if key != "mix"})
+    assert read_adapters(tmp_path, model.architecture).mix == "factors"
+    write_tensors(tmp_path / ADAPTERS, sources, metadata | {"mix": "sums"})
+    with pytest.raises(BadInput, match="'sums' where this version knows factors and products"):
+        read_adapters(tmp_path, model.architecture)
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16"])
+def test_experts_are_rounded_once_and_the_gate_is_not(dtype: Any, models: Models, tmp_path: Path) -> None:
+    model = models("llama-grouped-tied")
+    tensors = random_adapters(model, tmp_path, WIDTHS)
+    write_adapters(tmp_path, tensors, rank=4, alpha=16, top_k=2, widths=WIDTHS, dtype=dtype)
+    adapters = read_adapters(tmp_path, model.architecture)
+    assert {info.dtype for name, info in adapters.infos.items() if name not in GATE} == {dtype}
+    assert all(np.array_equal(adapters.gate[name], tensors[name]) for name in GATE)
+    rounded = as_float32(from_float32(tensors["blocks.1.q_proj.lora_a"][2], dtype), dtype)
+    found = adapters.low_rank(np.eye(5, dtype=np.float32)[2], 1, "self_attn.q_proj")
+    assert found is not None
+    assert np.array_equal(found.a, rounded)
+
+
+def test_numbers_beyond_float16_are_refused_by_name(models: Models, tmp_path: Path) -> None:
+    tensors = random_adapters(models("llama-grouped-tied"), tmp_path, WIDTHS)
+    tensors["blocks.1.q_proj.lora_a"][0, 0, 0] = 1e5
+    with pytest.raises(BadInput, match=r"blocks\.1\.q_proj\.lora_a: holds numbers beyond those of float16"):
+        write_adapters(tmp_path, tensors, rank=4, alpha=16, top_k=2, widths=WIDTHS, dtype="F16")
+
+
+def test_a_checkpoint_says_how_it_was_tuned(models: Models, tmp_path: Path) -> None:
+    made = tuned_checkpoint(models("llama-grouped-tied"), tmp_path)
+    assert made.tuning == {}
+    assert checkpoint_json(made)["tuning"] is None
+    tuning = {"steps": 10000, "lr": 2e-4, "data": {"source": "alpaca-gpt4", "rows": 52002}}
+    told = finish_checkpoint(
+        made.path, made.model, "tuned", include_base=False, policy="uniform", bias=False, adapters="smol", tuning=tuning
+    )
+    assert told.tuning == checkpoint_json(told)["tuning"] == tuning
+    write_json(made.path / "amoeba.json", read_json_object(made.path / "amoeba.json") | {"tuning": [1]})
+    with pytest.raises(BadInput, match="its entry tuning is not a JSON object"):
+        open_checkpoint(made.path)
 
 
 def test_files_that_do_not_fit_are_refused(models: Models, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,14 +13,14 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from conftest import QUIET, save_random_model
+from conftest import QUIET, random_adapters, save_random_model
 from jsonschema import Draft202012Validator, ValidationError
 from released import make_released
 
-from amoeba_deploy.checkpoint import create_checkpoint
+from amoeba_deploy.checkpoint import create_checkpoint, finish_checkpoint
 from amoeba_deploy.cli import main
 from amoeba_deploy.model_folder import ModelFolder
-from amoeba_deploy.quality import write_quality
+from amoeba_deploy.quality import WIDTHS, write_quality
 from amoeba_deploy.quality_measurement import measure_quality
 from amoeba_deploy.selection import DepthChoice, read_selection, write_selection
 from amoeba_deploy.stage1.calibration import read_calibration
@@ -33,8 +34,8 @@ SCHEMAS = {
 BY_FORMAT = {schema["properties"]["format"]["const"]: name for name, schema in SCHEMAS.items()}
 # Not JSON, so without a JSON Schema; docs/devices.md describes it.
 TOML_FORMATS = {"amoeba.device/1"}
-# In the cache, for this version and this machine alone; removed when the run ends.
-CACHE_FORMATS = {"amoeba.depth-table/1"}
+# Of unfinished runs, for this version alone; removed when the run ends.
+RUN_FORMATS = {"amoeba.depth-table/1", "amoeba.tuning/1"}
 
 SENTENCE = "once upon a time there was a {} fox who lived in the {} wood and ate {} berries . "
 WORDS = ("small", "red", "quiet", "old", "green", "seven", "kind")
@@ -119,6 +120,14 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, A
     amoeba("export", checkpoint, *here, *which, *short, "-o", root / "here", "--quiet")
     there = ("--device", "orin-nx", "--memory", "8GB", "--flow", "onnx", "--precision", "int4", "--no-verify")
     amoeba("export", checkpoint, *there, "--context", 96, *short, "-o", root / "there", "--quiet")
+    shutil.copytree(checkpoint, root / "tuned")
+    random_adapters(made.model, root / "tuned", WIDTHS)
+    how: dict[str, Any] = {
+        "widths": WIDTHS,
+        "adapters": "smol",
+        "tuning": {"steps": 100, "data": {"source": "text.txt"}},
+    }
+    finish_checkpoint(root / "tuned", made.model, "tuned", include_base=False, policy="uniform", bias=False, **how)
     base = save_random_model(root / "base", "llama", num_key_value_heads=6)
     source = make_released(base).write(root / "released")
     amoeba("checkpoint", "import", source, "--base", root / "base", "-o", root / "imported", "--quiet")
@@ -131,6 +140,7 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, A
         "checkpoint:imported": read(root / "imported" / "amoeba.json"),
         "subnet:imported": read(root / "masked" / "subnet.json"),
         "checkpoint": read(checkpoint / "amoeba.json"),
+        "checkpoint:tuned": read(root / "tuned" / "amoeba.json"),
         "quality": read(checkpoint / "quality.json"),
         "plan": json.loads(plan),
         "plan:sublayers": partial,
@@ -178,6 +188,7 @@ DAMAGE: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
     "a file without masks": ("selection:imported", lambda d: d.pop("widths")),
     "no metric where one was measured": ("selection", lambda d: d["depth"]["3"].update(metric=None)),
     "adapters": ("checkpoint", lambda d: d.update(adapters="smol.safetensors")),
+    "tuning in a word": ("checkpoint:tuned", lambda d: d.update(tuning="alpaca-gpt4")),
     "no multiple of neurons": ("checkpoint", lambda d: d.update(multiple=0)),
     "a width above 1": ("checkpoint", lambda d: d["widths"].append(1.5)),
     "an unknown entry in the head": ("checkpoint", lambda d: d.update(pickle="base.bin")),
@@ -293,7 +304,7 @@ def test_the_document_names_every_format_of_the_package() -> None:
     files = [*(ROOT / "amoeba_deploy").rglob("*.py"), *(ROOT / "amoeba_deploy").rglob("devices/*.toml")]
     used = {form for file in files for form in re.findall(r"amoeba\.[a-z-]+/1\b", file.read_text(encoding="utf-8"))}
     text = (DOCS / "formats.md").read_text(encoding="utf-8")
-    assert used == set(BY_FORMAT) | TOML_FORMATS | CACHE_FORMATS
+    assert used == set(BY_FORMAT) | TOML_FORMATS | RUN_FORMATS
     assert {form for form in used if form not in text} == set()
 
 
