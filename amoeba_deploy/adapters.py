@@ -120,6 +120,10 @@ class Adapters:
         shared = [scaled[index] * part for index, part in zip(kept, b, strict=True)]
         return LowRank(np.concatenate(a), np.concatenate(shared, axis=1))
 
+    def tensor(self, name: str) -> Numbers:
+        """A tensor of the file, all experts together."""
+        return _read(self.file, self.infos[name])
+
     def _mixed(self, name: str, shares: Numbers) -> Numbers:
         found = np.zeros(self.infos[name].shape[1:], np.float32)
         numbers = np.empty_like(found)
@@ -176,7 +180,7 @@ def read_adapters(folder: Path, sizes: Architecture) -> Adapters:
         for name, shape in zip(GATE, shapes, strict=True):
             check(name, shape)
     file = OpenFile(path)
-    gate = {name: _whole(file, infos[name]) for name in GATE} if gated else {}
+    gate = {name: _read(file, infos[name]) for name in GATE} if gated else {}
     if not all(np.isfinite(values).all() for values in gate.values()):
         raise BadInput(f"{path}: its gate holds numbers that are not finite; tune again")
     return Adapters(file, infos, gate, sizes.depth, experts, rank, alpha, top_k, widths, mix)
@@ -188,13 +192,13 @@ def check_finite(adapters: Adapters) -> int:
     Raises:
         VerificationFailed: one holds a value that is not finite.
     """
-    for name, info in adapters.infos.items():
-        if not np.isfinite(_whole(adapters.file, info)).all():
+    for name in adapters.infos:
+        if not np.isfinite(adapters.tensor(name)).all():
             raise VerificationFailed(f"{adapters.file.path}: tensor '{name}' holds values that are not finite")
     return len(adapters.infos)
 
 
-def _whole(file: OpenFile, info: TensorInfo) -> Numbers:
+def _read(file: OpenFile, info: TensorInfo) -> Numbers:
     values: Array = np.empty(info.shape, NUMPY_OF[info.dtype])
     file.read_into(values, info.offset)
     return as_float32(values, info.dtype)

@@ -334,7 +334,9 @@ def finish_checkpoint(
     ``tuning``: the settings and data of stage 2, as JSON values that the same command gives again: no times.
     """
     base = str(model.path)
-    if include_base:
+    if model.path.parent == output:
+        base = model.path.name
+    elif include_base:
         base = "base"
         shutil.copytree(model.path, output / base)
     head = {

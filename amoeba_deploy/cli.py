@@ -18,6 +18,7 @@ from amoeba_deploy.commands.checkpoint import checkpoint
 from amoeba_deploy.commands.devices import devices, export, profile, search
 from amoeba_deploy.commands.select import select
 from amoeba_deploy.commands.subnets import evaluate, extract, run
+from amoeba_deploy.commands.tune import tune
 from amoeba_deploy.errors import AmoebaError
 
 
@@ -88,5 +89,5 @@ def _interrupt(_number: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-for command in (select, checkpoint, extract, evaluate, run, devices, profile, search, export, bundle):
+for command in (select, tune, checkpoint, extract, evaluate, run, devices, profile, search, export, bundle):
     main.add_command(command)

@@ -16,8 +16,13 @@ rows and shapes; then loss on the held-out text and accuracy on the held-out que
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
+import statistics
 import sys
+import tempfile
+from dataclasses import replace
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
@@ -25,10 +30,15 @@ from typing import Any
 
 import torch
 
-from amoeba_deploy.checkpoint import Checkpoint
+from amoeba_deploy.checkpoint import Checkpoint, open_checkpoint
 from amoeba_deploy.evaluation import Ids, LogitsFunction, read_questions, task_accuracy, text_loss, text_rows
 from amoeba_deploy.shape import Shape
+from amoeba_deploy.stage2.batches import Batches, Sequences, tokenise
 from amoeba_deploy.stage2.elastic import ElasticModel
+from amoeba_deploy.stage2.instructions import read_examples
+from amoeba_deploy.stage2.pipeline import Subject, make_trainer
+from amoeba_deploy.stage2.processes import Processes
+from amoeba_deploy.stage2.settings import Settings
 
 DEMO = Path(__file__).parent.parent / "amoeba_deploy" / "demo"
 WIDTHS = tuple(Fraction(n, 8) for n in (8, 7, 6, 5, 4))
@@ -79,6 +89,12 @@ def measured(elastic: ElasticModel, checkpoint: Checkpoint, shapes: tuple[Shape,
         error = math.sqrt(share * (1 - share) / len(questions))
         found[str(shape)] = (loss.loss, loss.standard_error, share, error)
     return found
+
+
+def rows_of(checkpoint: Checkpoint, file: Path) -> Sequences:
+    """A text in rows of 256 tokens."""
+    tokenizer, context = checkpoint.model.tokenizer(), checkpoint.architecture.context
+    return tokenise(read_examples(str(file)), tokenizer, bos=None, eos=None, context=context, source=192, target=64)
 
 
 def tuned(

@@ -18,6 +18,7 @@ import statistics
 import time
 from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from amoeba_deploy.architecture import Architecture
 from amoeba_deploy.families import read_architecture
 from amoeba_deploy.selection import BlockScores, DepthChoice, Selection
 from amoeba_deploy.shape import Shape
-from amoeba_deploy.stage2.distillation import Teacher, answer_loss
+from amoeba_deploy.stage2.distillation import answer_loss, teacher_loss
 from amoeba_deploy.stage2.elastic import ElasticModel
 from amoeba_deploy.stage2.mixture import Mixture, MixtureSettings
 from amoeba_deploy.stage2.sandwich import Space, sandwich
@@ -132,27 +133,48 @@ def random_selection(sizes: Architecture) -> Selection:
     return Selection("", {d: DepthChoice(tuple(range(d)), 0.0) for d in depths}, blocks, {})
 
 
-def step(elastic: ElasticModel, ids: torch.Tensor, shapes: list[Shape], dtype: str) -> list[float]:
-    """A sandwich step without the optimiser: forward and backward for each shape; their losses."""
+Step = Callable[[ElasticModel, torch.Tensor, list[Shape], str], list[float]]
+
+
+def body(elastic: ElasticModel, ids: torch.Tensor, shapes: list[Shape], dtype: str) -> list[float]:
+    """The blocks of a sandwich step, forward and backward for each shape, under the same loss of the last states."""
+    elastic.noise, losses = torch.Generator().manual_seed(0), []
+    for shape in shapes:
+        with elastic.shape(shape):
+            with torch.autocast(ids.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+                states = elastic.states(ids)
+            loss = states.float().pow(3).mean()
+            loss.backward()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def whole(elastic: ElasticModel, ids: torch.Tensor, shapes: list[Shape], dtype: str) -> list[float]:
+    """The same with the head and distillation; all but the optimiser."""
     elastic.noise, losses = torch.Generator().manual_seed(0), []
     head, teacher = elastic.head(), None
     for shape in shapes:
         with elastic.shape(shape):
             with torch.autocast(ids.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
                 states = elastic.states(ids)[:, :-1].flatten(0, 1)
-                taught = None if teacher else Teacher(head, states)
                 wanted = ids[:, 1:].flatten()
-                loss = answer_loss(head, states, wanted, teacher=teacher, taught=taught) / len(wanted)
-                teacher = teacher or taught
+                if teacher is None:
+                    loss, teacher = teacher_loss(head, states, wanted, memory=1 << 30)
+                else:
+                    loss = answer_loss(head, states, wanted, teacher=teacher)
+                loss = loss / len(wanted)
             loss.backward()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return losses
 
 
+STEPS: dict[str, Step] = {"blocks": body, "whole step": whole}
+
+
 def flops(
-    elastic: ElasticModel, shapes: list[Shape], tokens: int, length: int, masked: type[ElasticModel] | None
+    elastic: ElasticModel, shapes: list[Shape], length: int, masked: type[ElasticModel] | None, with_head: bool
 ) -> float:
-    """Floating-point operations of a step's matrix products.
+    """Floating-point operations of a step's matrix products, a token.
 
     A frozen matrix is used twice, forward and for its input's gradient; an expert's three times. Attention is two
     products of length x length a head (half of it is masked and counted as computed), three times. The head is used
@@ -169,8 +191,8 @@ def flops(
         for part in parts:
             query, key_value = part.extent("query"), part.extent("key_value")
             ends = 4 * sizes.hidden + 2 * query + 2 * key_value + 3 * (sizes.hidden + part.neurons)
-            total += tokens * (2 * 2 * part.block_matrix_parameters + 3 * 2 * rank * ends + 3 * 2 * 2 * length * query)
-        total += tokens * 2 * 2 * sizes.vocabulary * sizes.hidden
+            total += 2 * 2 * part.block_matrix_parameters + 3 * 2 * rank * ends + 3 * 2 * 2 * length * query
+        total += 2 * 2 * sizes.vocabulary * sizes.hidden if with_head else 0
     return total
 
 
@@ -223,42 +245,47 @@ def main() -> None:
     ids = torch.randint(sizes.vocabulary, (arguments.rows, arguments.length), device=arguments.device)
     sandwiches = [sandwich(space, 2, 0, number) for number in range(arguments.repeats + 1)]
 
-    found = {
-        name: (step(model, ids, sandwiches[-1], arguments.dtype), gradient_of(model)) for name, model in models.items()
-    }
-    for name, (losses, gradient) in found.items():
-        apart = max(abs(a - b) / b for a, b in zip(losses, found["elastic"][0], strict=True))
-        error = float((gradient - found["elastic"][1]).abs().max() / gradient.abs().max())
-        print(f"{name}: losses {apart:.1e} and gradients {error:.1e} apart from the elastic model's, relatively")
-
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    for shapes in sandwiches[:-1]:
-        for name, model in models.items():
-            seconds[name].append(timed(lambda m=model, s=shapes: step(m, ids, s, arguments.dtype), arguments.device))
-            model.zero_grad(set_to_none=True)
-
-    tokens, length = arguments.rows * arguments.length, arguments.length
-    work = {
-        name: statistics.fmean(
-            flops(model, shapes, tokens, length, None if kinds[name] is ElasticModel else kinds[name])
-            for shapes in sandwiches[:-1]
-        )
-        for name, model in models.items()
-    }
     best = peak(arguments.device, arguments.dtype)
     print(
-        f"\n{sizes.parameters / 1e6:.0f} M parameters, {arguments.dtype}, {tokens} tokens a step, 4 shapes a step, "
+        f"{sizes.parameters / 1e6:.0f} M parameters, {arguments.dtype}, {ids.numel()} tokens and 4 shapes a step, "
         f"{arguments.device}; peak {best / 1e9:.0f} GFLOP/s (measured)"
     )
-    print("| step | seconds | tokens/s | share of peak | slower than elastic | bound |")
-    print("|---|---|---|---|---|---|")
-    for name in models:
-        taken = statistics.median(seconds[name])
-        ratio = statistics.median(a / b for a, b in zip(seconds[name], seconds["elastic"], strict=True))
-        print(
-            f"| {name} | {taken:.3f} | {tokens / taken:.0f} | {work[name] / taken / best:.0%} | {ratio:.2f}x | "
-            f"{work[name] / work['elastic']:.2f}x |"
-        )
+    for part, run in STEPS.items():
+        compare(run, models, ids, sandwiches[-1], arguments.dtype)
+        seconds: dict[str, list[float]] = {name: [] for name in models}
+        for shapes in sandwiches[:-1]:
+            for name, model in models.items():
+                work = partial(run, model, ids, shapes, arguments.dtype)
+                seconds[name].append(timed(work, arguments.device))
+                model.zero_grad(set_to_none=True)
+        operations = {
+            name: statistics.fmean(
+                flops(model, shapes, arguments.length, None if name == "elastic" else kinds[name], run is whole)
+                for shapes in sandwiches[:-1]
+            )
+            for name, model in models.items()
+        }
+        print(f"\n| {part} | seconds | tokens/s | share of peak | against elastic | bound |")
+        print("|---|---|---|---|---|---|")
+        for name in models:
+            taken = statistics.median(seconds[name])
+            ratio = statistics.median(a / b for a, b in zip(seconds[name], seconds["elastic"], strict=True))
+            print(
+                f"| {name} | {taken:.3f} | {ids.numel() / taken:.0f} | "
+                f"{operations[name] * ids.numel() / taken / best:.0%} | {ratio:.2f}x | "
+                f"{operations[name] / operations['elastic']:.2f}x |"
+            )
+
+
+def compare(run: Step, models: dict[str, ElasticModel], ids: torch.Tensor, shapes: list[Shape], dtype: str) -> None:
+    """Say how far the models' losses and gradients are apart; they should be the same but for rounding."""
+    found = {name: (run(model, ids, shapes, dtype), gradient_of(model)) for name, model in models.items()}
+    losses, gradient = found["elastic"]
+    print()
+    for name in list(models)[1:]:
+        apart = max(abs(a - b) / abs(b) for a, b in zip(found[name][0], losses, strict=True))
+        error = float((found[name][1] - gradient).abs().max() / gradient.abs().max())
+        print(f"{name}: losses {apart:.1e}, gradients {error:.1e} apart from the elastic model's, relatively")
 
 
 if __name__ == "__main__":

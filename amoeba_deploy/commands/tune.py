@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,13 @@ from amoeba_deploy.progress import Progress
     show_default=True,
     help="The largest shape's share in what others learn; the rest is labels.",
 )
+@click.option(
+    "--conflicts",
+    type=click.Choice(["sum", "project"]),
+    default="sum",
+    show_default=True,
+    help="Add the shapes' gradients, or first take away what points against another's.",
+)
 @click.option("--no-balance", is_flag=True, help="Leave the shapes' losses at their own magnitudes.")
 @click.option(
     "--policy",
@@ -95,9 +103,7 @@ from amoeba_deploy.progress import Progress
 @click.option(
     "--grouping",
     type=click.Choice(["none", "length", "pack"]),
-    default="length",
-    show_default=True,
-    help="Rows as they come, of like lengths together, or several examples in one.",
+    help="Examples as they come, those of like lengths together, or several in a row.  [default: length]",
 )
 @click.option(
     "--mixed-precision", type=click.Choice(["no", "bf16"]), default="no", show_default=True, help="Of the products."
@@ -124,7 +130,24 @@ from amoeba_deploy.progress import Progress
 @click.option("--include-base", is_flag=True, help="Copy the base model into the checkpoint.")
 @click.option("--force", is_flag=True, help="Replace an existing output, or begin an interrupted run again.")
 @output_options
-def tune(output: Path, as_json: bool, quiet: bool, **asked: Any) -> None:
+def tune(
+    model: str,
+    selection: Path,
+    output: Path,
+    data: str,
+    template: str,
+    source_tokens: int,
+    target_tokens: int,
+    long_answers: str | None,
+    grouping: str | None,
+    hold_out: float,
+    no_balance: bool,
+    bias: str,
+    base_bits: str | None,
+    as_json: bool,
+    quiet: bool,
+    **asked: Any,
+) -> None:
     """Tune MODEL once so that every shape is good (stage 2); writes the one-for-all checkpoint.
 
     Under 'accelerate launch' or 'torchrun' the rows of each batch are spread over the processes.
@@ -133,9 +156,15 @@ def tune(output: Path, as_json: bool, quiet: bool, **asked: Any) -> None:
     amoeba tune models/stories260K --selection selection -o tuned --data stories.txt --steps 200
     """
     from amoeba_deploy import console
-    from amoeba_deploy.stage2.pipeline import Run, tune_checkpoint
+    from amoeba_deploy.stage2.pipeline import DataSettings, Run, tune_checkpoint
+    from amoeba_deploy.stage2.settings import Settings
 
-    run = Run.of(output, Progress(quiet), **asked)
+    how = {name: asked.pop(name) for name in list(asked) if name in {each.name for each in fields(Settings)}}
+    settings = Settings(
+        **how, balance=not no_balance, bias=bias == "on", base_bits=None if base_bits is None else int(base_bits)
+    )
+    windows: Any = (template, source_tokens, target_tokens, long_answers, grouping, hold_out)
+    run = Run(model, selection, output, DataSettings(data, *windows), settings, Progress(quiet), **asked)
     made = tune_checkpoint(run)
     if made is not None:  # the other processes of a run have nothing to say
         emit(console.checkpoint_json(made), as_json, lambda: console.print_checkpoint(made))

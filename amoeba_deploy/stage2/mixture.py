@@ -11,19 +11,17 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from amoeba_deploy.adapters import GATE, NOISE, matrices, tensor_names, width_code
+from amoeba_deploy.adapters import GATE, NOISE, Mix, matrices, tensor_names, width_code
 from amoeba_deploy.architecture import Architecture
 
 INNER = 16
 """Values between the gate's two linear maps, as in the released code."""
-Mix = Literal["factors", "products"]
 
 
 @dataclass(frozen=True)

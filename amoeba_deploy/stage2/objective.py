@@ -16,9 +16,13 @@ import torch
 
 from amoeba_deploy.shape import Shape
 from amoeba_deploy.stage2.batches import Batch
-from amoeba_deploy.stage2.distillation import Teacher, answer_loss
+from amoeba_deploy.stage2.distillation import Teacher, answer_loss, teacher_loss
 from amoeba_deploy.stage2.elastic import ElasticModel
 from amoeba_deploy.stage2.processes import Processes
+
+
+TEACHER_BYTES = 1 << 30
+"""Of a teacher's logits that are kept; beyond, they are computed again for each shape."""
 
 
 @dataclass(frozen=True)
@@ -62,16 +66,13 @@ def backward(
             with processes.autocast():
                 states = elastic.states(batch.ids, batch.positions).flatten(0, 1)[batch.places]
                 if index == 0 and len(shapes) > 1 and objective.distillation > 0:
-                    teacher = Teacher(head, states)
-                loss = answer_loss(
-                    head,
-                    states,
-                    batch.wanted,
-                    parameters=parameters,
-                    teacher=teacher if index else None,
-                    share=objective.distillation,
-                    taught=None if index else teacher,
-                )
+                    loss, teacher = teacher_loss(
+                        head, states, batch.wanted, parameters=parameters, memory=TEACHER_BYTES
+                    )
+                else:
+                    loss = answer_loss(
+                        head, states, batch.wanted, parameters=parameters, teacher=teacher, share=objective.distillation
+                    )
             mean = float(processes.sum(loss.detach())) / count
             means.append(mean)
             if not math.isfinite(mean):

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 
-from amoeba_deploy.adapters import NOISE, Adapters, matrices, read_adapter_tensor, tensor_names, write_adapters
+from amoeba_deploy.adapters import NOISE, Adapters, matrices, tensor_names, write_adapters
 from amoeba_deploy.checkpoint import Checkpoint
 from amoeba_deploy.extraction.folder import SHARD_BYTES, other_files
 from amoeba_deploy.families import family_of
@@ -38,7 +39,7 @@ def elastic_model(checkpoint: Checkpoint) -> ElasticModel:
     )
     if checkpoint.adapters is not None and mixture is not None:
         names = [name for name in checkpoint.adapters.infos if name not in NOISE or mixture.gate is not None]
-        stored = {name: torch.from_numpy(read_adapter_tensor(checkpoint.adapters, name)) for name in names}
+        stored = {name: torch.from_numpy(checkpoint.adapters.tensor(name)) for name in names}
         mixture.load(ordered(elastic, stored))
     return elastic.requires_grad_(False).eval()
 
@@ -68,7 +69,9 @@ def ordered(
     return found
 
 
-def write_mixture(folder: Path, elastic: ElasticModel, mixture: Mixture, dtype: str = "F32") -> None:
+def write_mixture(
+    folder: Path, elastic: ElasticModel, mixture: Mixture, dtype: Literal["F32", "BF16", "F16"] = "F32"
+) -> None:
     """Write ``smol.safetensors``; ``dtype`` is that of the experts, the gate is always float32."""
     settings = mixture.settings
     tensors = {name: tensor.detach().cpu() for name, tensor in mixture.tensors().items()}

@@ -7,9 +7,10 @@ from dataclasses import dataclass, fields
 from fractions import Fraction
 from typing import Any, Literal
 
+from amoeba_deploy.adapters import Mix
 from amoeba_deploy.errors import BadInput
 from amoeba_deploy.shape import Policy, format_width
-from amoeba_deploy.stage2.mixture import Mix, MixtureSettings
+from amoeba_deploy.stage2.mixture import MixtureSettings
 
 Adapter = Literal["smol", "lora", "none"]
 Schedule = Literal["constant", "cosine"]
