@@ -1,4 +1,4 @@
-"""Calibration data by name: text and multiple-choice questions, read through the optional ``datasets`` library.
+"""Data by name: text, multiple-choice questions and instructions, read through the optional ``datasets`` library.
 
 A name stands for one split of one dataset on the Hugging Face hub. Where the folder ``$AMOEBA_DATA/<name>`` exists it
 is taken for a copy of that dataset's repository and nothing else is asked; otherwise the library gets the rows from
@@ -38,14 +38,15 @@ _MMLU_COLUMNS = ("question", "subject", "choices", "answer")
 
 @dataclass(frozen=True)
 class NamedData:
-    """Where the rows of a name are, and how they become text or questions.
+    """Where the rows of a name are, and how they become text, questions or instructions.
 
     ``files`` matches a split's files inside the repository, less their ending. Text is the ``column`` of the rows with
     ``join`` between them; an empty row stands for ``blank``. Questions take their worked examples from ``examples``.
+    An instruction, its input and its output are the ``columns`` of a row.
     """
 
     name: str
-    kind: Literal["text", "questions"]
+    kind: Literal["text", "questions", "instructions"]
     dataset: str
     config: str
     split: str
@@ -56,6 +57,7 @@ class NamedData:
     join: str = ""
     blank: str = ""
     examples: str = ""
+    columns: tuple[str, str, str] = ("instruction", "input", "output")
 
 
 def _by_name(*entries: NamedData) -> dict[str, NamedData]:
@@ -103,6 +105,21 @@ QUESTIONS: dict[str, NamedData] = _by_name(
     NamedData("mmlu", "questions", "cais/mmlu", "all", "validation", "all/{split}*", examples="dev"),
 )
 """Every set of questions that has a name."""
+
+INSTRUCTIONS: dict[str, NamedData] = _by_name(
+    NamedData("alpaca-gpt4", "instructions", "vicgalle/alpaca-gpt4", "default", "train", "data/{split}*"),
+    NamedData("alpaca", "instructions", "tatsu-lab/alpaca", "default", "train", "data/{split}*"),
+    NamedData(
+        "dolly",
+        "instructions",
+        "databricks/databricks-dolly-15k",
+        "default",
+        "train",
+        "databricks-dolly-15k*",
+        columns=("instruction", "context", "response"),
+    ),
+)
+"""Every set of instructions that has a name."""
 
 
 def text_by_name(name: str, characters: int) -> tuple[str, dict[str, Any]]:
@@ -157,6 +174,29 @@ def questions_by_name(name: str, count: int) -> tuple[list[Question], dict[str, 
             raise BadInput(f"{source.place}: {found} where {SHOTS} are needed; use a whole copy")
         questions.append(Question(_prompt(row, shots), LETTERS, row["answer"]))
     return questions, source.facts | {"shots": SHOTS, "shots_split": data.examples}
+
+
+def instructions_by_name(name: str) -> tuple[list[tuple[str, str, str]], dict[str, Any]]:
+    """Instruction, input and output of every row of a named set in order, and where they come from.
+
+    A row without input has an empty one.
+
+    Raises:
+        BadInput: the name is unknown, the local copy lacks the split or a column, or the hub gives nothing.
+        ToolchainMissing: the ``datasets`` library is not installed.
+    """
+    data = _known(name, INSTRUCTIONS, "instructions")
+    instruction, given, output = data.columns
+    taken = []
+    with _opened(data) as source:
+        for number, row in enumerate(source.rows(data.split, data.columns)):
+            values = (row[instruction], row[given] or "", row[output])
+            if not all(isinstance(value, str) for value in values):
+                raise BadInput(f"{source.place}: row {number} of '{data.split}' holds more than text in its columns")
+            taken.append(values)
+    if not taken:
+        raise BadInput(f"{source.place}: the split '{data.split}' has no rows; use another copy")
+    return taken, source.facts
 
 
 def _known(name: str, table: dict[str, NamedData], kind: str) -> NamedData:
