@@ -160,9 +160,8 @@ def tune(
     from amoeba_deploy.stage2.settings import Settings
 
     how = {name: asked.pop(name) for name in list(asked) if name in {each.name for each in fields(Settings)}}
-    settings = Settings(
-        **how, balance=not no_balance, bias=bias == "on", base_bits=None if base_bits is None else int(base_bits)
-    )
+    bits: Any = None if base_bits is None else int(base_bits)
+    settings = Settings(**how, balance=not no_balance, bias=bias == "on", base_bits=bits)
     windows: Any = (template, source_tokens, target_tokens, long_answers, grouping, hold_out)
     run = Run(model, selection, output, DataSettings(data, *windows), settings, Progress(quiet), **asked)
     made = tune_checkpoint(run)

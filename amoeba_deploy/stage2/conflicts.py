@@ -64,7 +64,7 @@ class Projected:
         whole = {shape: self.processes.sum(flat) for shape, flat in sorted(self.found.items())}
         total = torch.stack(project(list(whole.values()), random.Random(f"conflicts/{self.seed}"))).sum(0)
         sizes = [parameter.numel() for parameter in self.parameters]
-        for parameter, part in zip(self.parameters, total.split(sizes), strict=True):
+        for parameter, part in zip(self.parameters, torch.split(total, sizes), strict=True):
             parameter.grad = part.view_as(parameter).clone()
 
 

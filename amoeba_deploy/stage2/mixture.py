@@ -133,7 +133,7 @@ class Mixture(nn.Module):
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Its parameters by their names in smol.safetensors, units in the order in which they are held."""
-        found = {}
+        found: dict[str, torch.Tensor] = {}
         for block in range(self.depth):
             for matrix in self.names:
                 experts = self.experts(block, matrix)

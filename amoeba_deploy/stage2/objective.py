@@ -20,7 +20,6 @@ from amoeba_deploy.stage2.distillation import Teacher, answer_loss, teacher_loss
 from amoeba_deploy.stage2.elastic import ElasticModel
 from amoeba_deploy.stage2.processes import Processes
 
-
 TEACHER_BYTES = 1 << 30
 """Of a teacher's logits that are kept; beyond, they are computed again for each shape."""
 

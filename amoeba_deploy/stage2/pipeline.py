@@ -331,9 +331,7 @@ def write_result(
     """
     selection, model = subject.selection, subject.model
     if elastic.mixture is not None:
-        write_mixture(
-            output, elastic, elastic.mixture, {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}[settings.adapter_dtype]
-        )
+        write_mixture(output, elastic, elastic.mixture, settings.adapter_dtype)
     else:
         (base := output / "base").mkdir()
         tuned = write_base(base, elastic, model)

@@ -95,7 +95,7 @@ class Processes:
 
     def _sum_in_place(self, tensors: list[torch.Tensor]) -> None:
         flat = self.sum(torch.cat([tensor.flatten() for tensor in tensors]))
-        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        for tensor, part in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
     def clip(self, parameters: Iterable[torch.nn.Parameter], limit: float) -> float:

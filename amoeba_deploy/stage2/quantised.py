@@ -73,7 +73,7 @@ class _Product(torch.autograd.Function):
         return nn.functional.linear(inputs, narrow(linear.weight).to(inputs.dtype))
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         return gradient @ ctx.narrow(ctx.linear.weight).to(gradient.dtype), None, None
 
 

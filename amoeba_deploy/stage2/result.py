@@ -22,6 +22,10 @@ from amoeba_deploy.stage2.mixture import Mixture, MixtureSettings
 from amoeba_deploy.tensors import Array, from_float32, made_source, write_model_tensors
 
 
+ExpertDtype = Literal["fp32", "bf16", "fp16"]
+SAFETENSORS_OF: dict[ExpertDtype, Literal["F32", "BF16", "F16"]] = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
+
+
 def elastic_model(checkpoint: Checkpoint) -> ElasticModel:
     """A checkpoint as one model in memory that runs as any of its shapes, in float32 and for evaluation.
 
@@ -69,9 +73,7 @@ def ordered(
     return found
 
 
-def write_mixture(
-    folder: Path, elastic: ElasticModel, mixture: Mixture, dtype: Literal["F32", "BF16", "F16"] = "F32"
-) -> None:
+def write_mixture(folder: Path, elastic: ElasticModel, mixture: Mixture, dtype: ExpertDtype = "fp32") -> None:
     """Write ``smol.safetensors``; ``dtype`` is that of the experts, the gate is always float32."""
     settings = mixture.settings
     tensors = {name: tensor.detach().cpu() for name, tensor in mixture.tensors().items()}
@@ -84,7 +86,7 @@ def write_mixture(
         top_k=settings.top_k,
         widths=mixture.widths,
         mix=settings.mix,
-        dtype=dtype,
+        dtype=SAFETENSORS_OF[dtype],
     )
 
 
