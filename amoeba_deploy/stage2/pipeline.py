@@ -97,7 +97,8 @@ def make_elastic(subject: Subject, settings: Settings, device: torch.device) -> 
     dtype = DTYPES["bf16"] if frozen and settings.mixed_precision == "bf16" and device.type != "cpu" else DTYPES["fp32"]
     model: Any = load_torch_model(subject.model.path, dtype).requires_grad_(not frozen)
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     mixture = None
     if settings.mixture is not None:
         torch.manual_seed(settings.seed)

@@ -37,7 +37,13 @@ class Processes:
         """
         from accelerate import Accelerator
 
-        self.accelerator: Any = Accelerator(mixed_precision=mixed_precision, cpu=cpu)
+        self.accelerator: Any = Accelerator(cpu=cpu)
+        self.mixed_precision = mixed_precision
+        if self.accelerator.mixed_precision not in ("no", mixed_precision):
+            raise BadInput(
+                f"the launcher asks for the mixed precision {self.accelerator.mixed_precision} and the command for "
+                f"{mixed_precision}; give the same to both, or none to the launcher"
+            )
         self.rank, self.count = int(self.accelerator.process_index), int(self.accelerator.num_processes)
         self.device: torch.device = self.accelerator.device
         self.sharded = self.count > 1 and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
@@ -52,8 +58,7 @@ class Processes:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """What runs inside computes in the mixed precision asked for."""
-        context: AbstractContextManager[Any] = self.accelerator.autocast()
-        return context
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed_precision == "bf16")
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """The sum of a tensor over all processes, the same in each."""

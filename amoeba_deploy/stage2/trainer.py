@@ -143,8 +143,9 @@ class Trainer:
         found: Tensors = {}
         for name, parameter in self.parameters.items():
             found[name] = self.processes.whole(parameter.detach())
-            for moment in _MOMENTS if self.done else ():
-                found[f"{moment}:{name}"] = self.processes.whole(self.optimiser.state[parameter][moment])
+            # What no shape has used yet has no moments.
+            for moment, value in self.optimiser.state.get(parameter, {}).items():
+                found[f"{moment}:{name}"] = self.processes.whole(value)
         return found
 
     def load(self, done: int, state: Mapping[str, torch.Tensor]) -> None:
@@ -152,10 +153,11 @@ class Trainer:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(self.processes.share(state[name], parameter))
-                if done:
+                saved = {moment: state[f"{moment}:{name}"] for moment in _MOMENTS if f"{moment}:{name}" in state}
+                if saved:
                     self.optimiser.state[parameter] = {
                         # The count of steps stays on the CPU, where torch keeps it.
                         moment: value.clone() if moment == "step" else self.processes.share(value, parameter)
-                        for moment, value in ((moment, state[f"{moment}:{name}"]) for moment in _MOMENTS)
+                        for moment, value in saved.items()
                     }
         self.done = done
