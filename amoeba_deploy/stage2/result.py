@@ -21,7 +21,6 @@ from amoeba_deploy.stage2.elastic import ElasticModel, axis_order, inverse, reor
 from amoeba_deploy.stage2.mixture import Mixture, MixtureSettings
 from amoeba_deploy.tensors import Array, from_float32, made_source, write_model_tensors
 
-
 ExpertDtype = Literal["fp32", "bf16", "fp16"]
 SAFETENSORS_OF: dict[ExpertDtype, Literal["F32", "BF16", "F16"]] = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 
