@@ -21,6 +21,8 @@ from amoeba_deploy.subnet import Wishes, derive_folder, derive_model
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from amoeba_deploy.stage2.elastic import ElasticModel
+
 Dtype = Literal["fp32", "fp16", "bf16"]
 
 
@@ -97,6 +99,16 @@ class OneForAll(Checkpoint):
         if output is None:
             return derive_model(self, wishes)
         return derive_folder(self, wishes, Path(output), force=force).path
+
+    def elastic(self) -> ElasticModel:
+        """The checkpoint as one model in memory that runs as any of its shapes, in float32 and for evaluation.
+
+        Raises:
+            BadInput: it was imported with masks instead of scores.
+        """
+        from amoeba_deploy.stage2.result import elastic_model
+
+        return elastic_model(self)
 
 
 def open_one_for_all(path: Path | None) -> OneForAll:

@@ -29,26 +29,6 @@ from amoeba_deploy.selection import write_selection
 from amoeba_deploy.stage2.result import elastic_model
 
 WORDS = ["red", "fox", "green", "boat", "old", "mill", "song", "blue", "river", "cold", "morning", "bird", "stone"]
-    "the",
-    "red",
-    "fox",
-    "sees",
-    "a",
-    "green",
-    "boat",
-    "near",
-    "old",
-    "mill",
-    "and",
-    "sings",
-    "to",
-    "its",
-    "blue",
-    "river",
-    "every",
-    "cold",
-    "morning",
-]
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ forward pass is the stock one of the model's class: copies of its modules that s
 for those that a shape narrows, and are kept, so that going from one shape to another is a look-up.
 
     elastic = ElasticModel(model, selection, sizes)
-    with elastic.shape(Shape.parse("6x0.5")):
+    with elastic.shape("6x0.5"):
         logits = elastic(ids)
 
 Backward passes belong inside ``shape`` too: with gradient checkpointing they run blocks again.
@@ -30,7 +30,7 @@ from amoeba_deploy.families import family_of
 from amoeba_deploy.families.family import PER_LAYER_LISTS, Axis
 from amoeba_deploy.plan import Steps
 from amoeba_deploy.selection import Selection
-from amoeba_deploy.shape import Shape
+from amoeba_deploy.shape import Policy, Shape
 from amoeba_deploy.stage2.mixture import Experts, Mixture, Shares
 from amoeba_deploy.stage2.quantised import QuantisedLinear
 from amoeba_deploy.stand_ins import logits_of, with_parts
@@ -154,6 +154,7 @@ class ElasticModel(nn.Module):
         sizes: Architecture,
         *,
         steps: Steps | None = None,
+        policy: Policy = "uniform",
         bias: bool = False,
         mixture: Mixture | None = None,
         ordered: bool = False,
@@ -165,6 +166,7 @@ class ElasticModel(nn.Module):
             selection: which blocks each depth keeps, and the scores of units.
             sizes: the architecture of the full model.
             steps: the numbers of units that a block may keep; the finest where left out.
+            policy: of shapes that are given as text.
             bias: whether removed channels are replaced by their mean (compensation).
             mixture: experts to run with, their units in the same order.
             ordered: the model's units are in order already.
@@ -176,7 +178,7 @@ class ElasticModel(nn.Module):
         if selection.masks is not None:
             raise BadInput("masks say what a few widths keep and not in which order; tune with a selection of scores")
         self.model, self.selection, self.sizes = model, selection, sizes
-        self.steps, self.bias, self.mixture = steps or Steps.of(sizes), bias, mixture
+        self.steps, self.policy, self.bias, self.mixture = steps or Steps.of(sizes), policy, bias, mixture
         self.orders = [unit_orders(selection, sizes, index) for index in range(sizes.depth)]
         self.mixing = Mixing()
         self.noise: torch.Generator | None = None
@@ -201,14 +203,14 @@ class ElasticModel(nn.Module):
         return found.device
 
     @contextmanager
-    def shape(self, shape: Shape) -> Iterator[ElasticModel]:
-        """Run as one shape inside the block; shapes do not nest.
+    def shape(self, shape: Shape | str) -> Iterator[ElasticModel]:
+        """Run as one shape, such as ``24x0.75``, inside the block.
 
         Raises:
-            BadInput: the selection does not cover the shape.
+            BadInput: it is not a shape, or the selection does not cover it.
         """
         before = self._active, self.mixing.shares
-        self._active = view = self.view(shape)
+        self._active = view = self.view(Shape.parse(shape, self.policy) if isinstance(shape, str) else shape)
         if self.mixture is not None and view.seen is not None:
             noise = None
             if self.training and self.noise is not None:

@@ -37,6 +37,7 @@ def elastic_model(checkpoint: Checkpoint) -> ElasticModel:
         checkpoint.selection,
         checkpoint.architecture,
         steps=checkpoint.steps,
+        policy=checkpoint.policy,
         bias=checkpoint.bias,
         mixture=mixture,
     )
