@@ -192,9 +192,9 @@ class ElasticModel(nn.Module):
 
     def _ordered_means(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Average inputs of a block's o_proj and down_proj, channels in the order of units."""
-        scores, order, device = self.selection.blocks[index], self.orders[index], self.device
+        scores, order = self.selection.blocks[index], self.orders[index]
         found = torch.from_numpy(scores.o_proj_mean.copy()), torch.from_numpy(scores.down_proj_mean.copy())
-        return found[0][order["query"]].to(device), found[1][order["neuron"]].to(device)
+        return found[0][order["query"]], found[1][order["neuron"]]
 
     @property
     def device(self) -> torch.device:
@@ -314,7 +314,7 @@ class ElasticModel(nn.Module):
             begin += self.sizes.extent(dim)
         mean = None
         if self.bias and matrix.endswith(("o_proj", "down_proj")):
-            mean = self._means[index][matrix.endswith("down_proj")]
+            mean = self._means[index][matrix.endswith("down_proj")].to(self.device)
         experts = None if self.mixture is None else self.mixture.experts(index, matrix)
         kept = Kept(tuple(rows), part.extent(axes[1]))
         return ElasticLinear(layer.get_submodule(matrix), kept, experts, self.mixing, mean)

@@ -105,7 +105,7 @@ def make_elastic(subject: Subject, settings: Settings, device: torch.device) -> 
         mixture = Mixture(sizes, settings.mixture, settings.widths)
     elastic = ElasticModel(model, subject.selection, sizes, steps=Steps.of(sizes), bias=settings.bias, mixture=mixture)
     if settings.base_bits is not None:
-        quantise_blocks(model, settings.base_bits)
+        quantise_blocks(model, settings.base_bits, device)
     return elastic.to(device)
 
 

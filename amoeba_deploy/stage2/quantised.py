@@ -35,12 +35,12 @@ def bits_library() -> Any:
 class QuantisedLinear(nn.Module):
     """A frozen linear layer whose weight is held in few bits; its bias stays as it is."""
 
-    def __init__(self, linear: nn.Linear, bits: Literal[4, 8]) -> None:
+    def __init__(self, linear: nn.Linear, bits: Literal[4, 8], device: torch.device) -> None:
         super().__init__()
         library = bits_library()
         self.bits, self.dtype, self.bias = bits, linear.weight.dtype, linear.bias
         self.state: Any
-        weight = linear.weight.detach()
+        weight = linear.weight.detach().to(device)
         if bits == 4:
             packed, self.state = library.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
         else:
@@ -77,10 +77,10 @@ class _Product(torch.autograd.Function):
         return gradient @ ctx.narrow(ctx.linear.weight).to(gradient.dtype), None, None
 
 
-def quantise_blocks(model: Any, bits: Literal[4, 8]) -> None:
-    """Hold all linear layers of a model's blocks in few bits, in place."""
+def quantise_blocks(model: Any, bits: Literal[4, 8], device: torch.device) -> None:
+    """Hold all linear layers of a model's blocks in few bits on a device, one after the other, in place."""
     for layer in model.model.layers:
         for name, module in list(layer.named_modules()):
             if isinstance(module, nn.Linear):
                 parent, _, last = name.rpartition(".")
-                setattr(layer.get_submodule(parent), last, QuantisedLinear(module, bits))
+                setattr(layer.get_submodule(parent), last, QuantisedLinear(module, bits, device))
