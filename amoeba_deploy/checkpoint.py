@@ -267,6 +267,24 @@ def open_checkpoint(path: Path | None = None) -> Checkpoint:
     )
 
 
+def open_selected(model_name: str, selection_folder: Path) -> tuple[ModelFolder, Selection]:
+    """A base model, a folder or a hub id, and what ``amoeba select`` wrote for it.
+
+    Raises:
+        BadInput: one is missing or damaged, or the selection is of another model.
+    """
+    model = ModelFolder(resolve_model(model_name).resolve())
+    refuse_ragged(model.config, model.path)
+    model.check_shapes()
+    selection = read_selection(selection_folder, model.architecture)
+    if selection.base_digest != model.digest:
+        raise BadInput(
+            f"{selection_folder}: was made for a model of digest {selection.base_digest[:19]}..., "
+            f"{model_name} has {model.digest[:19]}...; select again for this model"
+        )
+    return model, selection
+
+
 def create_checkpoint(
     model_name: str,
     selection_folder: Path,
@@ -291,17 +309,9 @@ def create_checkpoint(
     Raises:
         BadInput: the selection is not of this model.
     """
-    model = ModelFolder(resolve_model(model_name).resolve())
-    refuse_ragged(model.config, model.path)
-    model.check_shapes()
+    model, _ = open_selected(model_name, selection_folder)
     if bias:
         families.compensated(model.architecture)
-    selection = read_selection(selection_folder, model.architecture)
-    if selection.base_digest != model.digest:
-        raise BadInput(
-            f"{selection_folder}: was made for a model of digest {selection.base_digest[:19]}..., "
-            f"{model_name} has {model.digest[:19]}...; select again for this model"
-        )
     for part in ("selection.json", "selection.safetensors"):
         shutil.copyfile(selection_folder / part, output / part)
     return finish_checkpoint(

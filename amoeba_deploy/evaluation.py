@@ -190,7 +190,7 @@ def torch_logits(model: Any) -> LogitsFunction:
 
     def logits(ids: Ids) -> NDArray[np.float32]:
         with torch.inference_mode():
-            output: torch.Tensor = model(input_ids=torch.from_numpy(ids), use_cache=False).logits
-        return np.asarray(output.float().numpy())
+            output: torch.Tensor = model(input_ids=torch.from_numpy(ids).to(model.device), use_cache=False).logits
+        return np.asarray(output.float().cpu().numpy())
 
     return logits

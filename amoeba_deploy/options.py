@@ -112,6 +112,33 @@ output_options = _all(
     click.option("--quiet", is_flag=True, help="No remarks and no progress."),
 )
 
+base_options = _all(
+    click.option("--name", help="What derived models call it.  [default: the model's name]"),
+    click.option("--include-base", is_flag=True, help="Copy the base model into the checkpoint."),
+)
+
+quality_options = _all(
+    click.option("--quality-text", type=click.Path(path_type=Path), help="Text to measure every shape's loss on."),
+    click.option("--quality-tasks", type=click.Path(path_type=Path), help="Questions to measure accuracy on."),
+)
+
+cut_options = _all(
+    click.option(
+        "--policy",
+        type=click.Choice(["uniform", "adaptive"]),
+        default="uniform",
+        show_default=True,
+        help="How widths are spread over blocks: alike, or by one threshold over all.",
+    ),
+    click.option(
+        "--bias",
+        type=click.Choice(["on", "off"]),
+        default="off",
+        show_default=True,
+        help="Whether subnets carry biases that compensate for what is removed.",
+    ),
+)
+
 workload_options = _all(
     click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Sequences at once."),
     click.option("--prompt", type=click.IntRange(1), default=128, show_default=True, help="Prompt tokens."),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,14 +65,17 @@ def measured_precisions(sizes: Architecture, say: Callable[[str], None] = lambda
     return tuple(found)
 
 
-def shape_logits(checkpoint: Checkpoint, shape: Shape, precision: str, folder: Path) -> LogitsFunction:
-    """Logits of a shape in a precision, through folders made below ``folder``."""
+def shape_logits(
+    checkpoint: Checkpoint, shape: Shape, precision: str, folder: Path, device: str = "cpu"
+) -> LogitsFunction:
+    """Logits of a shape in a precision, through folders made below ``folder``; float32 on a torch ``device``."""
     plan, context = checkpoint.plan(shape), checkpoint.architecture.context
     dense, artefact = folder / "dense", folder / "engine"
     dense.mkdir()
     if precision == REFERENCE_PRECISION:
         extract(checkpoint.model, plan, dense, learnt=checkpoint.learnt(plan))
-        return torch_logits(load_torch_model(dense))
+        model: Any = load_torch_model(dense)
+        return torch_logits(model.to(device))
     artefact.mkdir()
     backend = load_backend(PRECISION_FLOWS[precision])
     lower_plan(checkpoint, plan, backend, precision, context, artefact, dense)
@@ -85,9 +89,12 @@ def measure_quality(
     *,
     sequence: int = SEQUENCE,
     precisions: Sequence[str] | None = None,
+    device: str = "cpu",
     progress: Progress,
 ) -> Quality:
     """Loss on every whole row of a text, and accuracy on questions, for every shape of the grid and every precision.
+
+    What is float32 is computed on a torch ``device``, engines on the CPU.
 
     Raises:
         BadInput: the text is shorter than one row, or a file is damaged.
@@ -103,7 +110,7 @@ def measure_quality(
         for precision in wanted:
             for shape in shapes:
                 with tempfile.TemporaryDirectory(prefix="amoeba-quality-") as work:
-                    logits = shape_logits(checkpoint, shape, precision, Path(work))
+                    logits = shape_logits(checkpoint, shape, precision, Path(work), device)
                     loss = text_loss(logits, rows)
                     accuracy = task_accuracy(logits, asked, tokenizer, sizes.context).accuracy if asked else None
                 rounded = None if accuracy is None else round(accuracy, 6)

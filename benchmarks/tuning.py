@@ -36,8 +36,9 @@ from amoeba_deploy.shape import Shape
 from amoeba_deploy.stage2.batches import Batches, Sequences, tokenise
 from amoeba_deploy.stage2.elastic import ElasticModel
 from amoeba_deploy.stage2.instructions import read_examples
-from amoeba_deploy.stage2.pipeline import Subject, make_trainer
+from amoeba_deploy.stage2.pipeline import make_trainer
 from amoeba_deploy.stage2.processes import Processes
+from amoeba_deploy.stage2.selected import Selected
 from amoeba_deploy.stage2.settings import Settings
 
 DEMO = Path(__file__).parent.parent / "amoeba_deploy" / "demo"
@@ -101,8 +102,8 @@ def tuned(
     checkpoint: Checkpoint, batches: Batches, settings: Settings, shapes: tuple[Shape, ...]
 ) -> dict[str, tuple[float, ...]]:
     """Tune with some settings and measure shapes."""
-    subject = Subject(checkpoint.name, checkpoint.model, checkpoint.selection)
-    trainer = make_trainer(subject, batches, settings, Processes(settings.mixed_precision, cpu=True))
+    selected = Selected(checkpoint.name, checkpoint.model, checkpoint.selection)
+    trainer = make_trainer(selected, batches, settings, Processes(settings.mixed_precision, cpu=True))
     for _ in trainer.run(settings.steps):
         pass
     return measured(trainer.elastic, checkpoint, shapes)

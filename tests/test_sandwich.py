@@ -71,7 +71,7 @@ def test_settings_that_contradict_each_other_are_refused(changed: dict[str, Any]
 
 def test_projection_takes_away_what_points_against_another_gradient() -> None:
     a, b = torch.tensor([1.0, 0.0]), torch.tensor([-1.0, 1.0])
-    first, second = project([a, b], random.Random(0))
+    first, second = list(project([a, b], random.Random(0)))
     assert torch.allclose(first, torch.tensor([0.5, 0.5]))
     assert torch.allclose(second, torch.tensor([0.0, 1.0]))
     assert float(first @ b) == pytest.approx(0, abs=1e-6)

@@ -82,6 +82,12 @@ def command(model: ModelFolder, selection: Path, data: Path) -> list[str]:
     return ["tune", str(model.path), *(str(part) for pair in options.items() for part in pair)]
 
 
+def without(command: list[str], *names: str) -> list[str]:
+    """A command without some of its options and their values."""
+    places = [command.index(name) for name in names]
+    return [part for place, part in enumerate(command) if place not in places and place - 1 not in places]
+
+
 def tune(command: list[str], output: Path, *more: object) -> Checkpoint:
     done = amoeba(*command, "-o", output, "--quiet", *more)
     assert done.exit_code == 0, done.stderr
@@ -143,6 +149,8 @@ def test_every_way_of_tuning_lowers_the_loss_and_can_be_extracted(
 ) -> None:
     if "--base-bits" in options:
         pytest.importorskip("bitsandbytes")
+    if "lora" in options:
+        command = without(command, "--experts")
     made = tune(command, tmp_path / "tuned", "--steps", 12, *options)
     losses = largest(log_of(made.path))
     assert np.mean(losses[-3:]) < np.mean(losses[:3])
@@ -152,8 +160,12 @@ def test_every_way_of_tuning_lowers_the_loss_and_can_be_extracted(
     assert made.bias == ("on" in options)
 
 
+def all_weights(command: list[str]) -> list[str]:
+    return [*without(command, "--rank", "--experts"), "--adapter", "none", "--lr", "0.002"]
+
+
 def test_all_weights_can_be_tuned(command: list[str], model: ModelFolder, tmp_path: Path) -> None:
-    made = tune(command, tmp_path / "tuned", "--adapter", "none", "--lr", "0.002", "--steps", 12)
+    made = tune(all_weights(command), tmp_path / "tuned", "--steps", 12)
     assert made.adapters is None
     assert made.model.path == made.path / "base"
     assert made.selection.facts["selected_on"] == model.digest
@@ -166,9 +178,10 @@ def test_all_weights_can_be_tuned(command: list[str], model: ModelFolder, tmp_pa
 
 
 def test_one_shape_can_be_tuned_alone(command: list[str], tmp_path: Path) -> None:
-    made = tune(command, tmp_path / "tuned", "--shape", "2x0.5", "--adapter", "lora")
-    assert all(list(line["loss"]) == ["2x0.5"] for line in log_of(made.path))
-    assert made.tuning["settings"]["shape"] == "2x0.5"
+    made = tune(without(command, "--experts"), tmp_path / "tuned", "--shape", "2x0.4", "--adapter", "lora")
+    assert all(list(line["loss"]) == ["2x0.4"] for line in log_of(made.path))
+    assert made.tuning["settings"]["shape"] == "2x0.4"
+    assert [str(width) for width in made.widths] == ["1", "2/5"]
 
 
 def test_quality_is_measured_on_what_was_held_out(command: list[str], tmp_path: Path) -> None:
@@ -210,37 +223,45 @@ def test_resuming_with_other_settings_is_refused(command: list[str], tmp_path: P
     assert "--top-k is 1 where the run was begun with 2" in done.stderr
 
 
-def launched(processes: int, command: list[str], output: Path, **environment: str) -> None:
-    """Run a command under accelerate's launcher, on the CPU."""
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1"]
-    launcher += ["--num_processes", str(processes), "--mixed_precision", "no", "--dynamo_backend", "no"]
-    free = {"MASTER_PORT": "0"} | environment
-    done = subprocess.run(
-        [*launcher, "--main_process_port", "0", "-m", "amoeba_deploy", *command, "-o", str(output), "--quiet"],
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | free,
+def launched(command: list[str], output: Path, *how: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in two processes under accelerate's launcher, which on the CPU starts them when told of GPUs."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", *how, "--num_machines", "1"]
+    launcher += ["--num_processes", "2", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    run = ["-m", "amoeba_deploy", *command, "--cpu", "-o", str(output), "--quiet"]
+    return subprocess.run(
+        [*launcher, "--main_process_port", "0", *run],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.parametrize("adapter", ["smol", "none"])
 def test_two_processes_give_the_losses_of_one(adapter: str, command: list[str], tmp_path: Path) -> None:
-    command = [*command, "--adapter", adapter, "--lr", "0.002"]
+    command = all_weights(command) if adapter == "none" else command
     one = tune(command, tmp_path / "one")
-    launched(2, command, tmp_path / "two")
+    done = launched(command, tmp_path / "two", "--multi_gpu")
+    assert done.returncode == 0, done.stderr[-3000:]
     same_losses(log_of(one.path), log_of(tmp_path / "two"))
 
 
 def test_sharded_blocks_give_the_losses_of_whole_ones(command: list[str], tmp_path: Path) -> None:
-    command = [*command, "--adapter", "none", "--lr", "0.002"]
+    command = all_weights(command)
     one = tune(command, tmp_path / "one")
-    launched(2, command, tmp_path / "two", ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
+    done = launched(command, tmp_path / "two", "--use_fsdp", "--fsdp_version", "2")
+    assert done.returncode == 0, done.stderr[-3000:]
     same_losses(log_of(one.path), log_of(tmp_path / "two"))
     for name in one.model.tensors.infos:
         found, wanted = (made.model.tensors.float32(name) for made in (open_checkpoint(tmp_path / "two"), one))
         assert np.abs(found - wanted).max() < 2e-3, name  # Adam turns a rounding error at zero into a whole step
+
+
+def test_rows_that_do_not_divide_by_the_processes_are_refused(command: list[str], tmp_path: Path) -> None:
+    done = launched([*command, "--batch", "3"], tmp_path / "two", "--multi_gpu")
+    assert done.returncode != 0
+    assert "cannot be spread evenly over 2 processes" in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def same_losses(found: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> None:
@@ -266,7 +287,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(comman
         (("--top-k", 4), "--top-k 4 must be from 1"),
         (("--widths", "3/4,1/2"), "--widths must have 1"),
         (("--widths", "1,2"), "not in"),
-        (("--adapter", "none", "--base-bits", "4"), "cannot be"),
         (("--shape", "9x1"), "depth 9"),
         (("--shape", "nonsense"), "is not a shape"),
         (("--data", "nowhere.jsonl"), "nowhere.jsonl"),
@@ -275,6 +295,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(comman
         (("--source-tokens", 4000), "4000"),
         (("--quality-tasks", "questions.jsonl"), "--quality-text"),
         (("--steps", 0), "--steps"),
+        (("--adapter", "none"), "--rank does nothing beside --adapter none"),
+        (("--shape", "2x0.5", "--conflicts", "project"), "--conflicts does nothing beside --shape"),
+        (("--quality-text", "nowhere.txt"), "nowhere.txt"),
+        (("--seed", -1), "--seed"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_written(
@@ -293,6 +317,40 @@ def test_a_selection_of_another_model_is_refused(command: list[str], model: Mode
     done = amoeba("tune", other, *command[2:], "-o", tmp_path / "tuned")
     assert done.exit_code == 2
     assert "select again for this model" in done.stderr
+
+
+def test_all_weights_are_not_held_in_few_bits(command: list[str], tmp_path: Path) -> None:
+    done = amoeba(*all_weights(command), "-o", tmp_path / "tuned", "--base-bits", 4)
+    assert done.exit_code == 2
+    assert "cannot be" in done.stderr
+
+
+def test_a_changed_selection_does_not_resume(command: list[str], selection: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(selection, tmp_path / "selection"))
+    command = [*without(command, "--selection"), "--selection", str(other), "--steps", "400", "--save-every", "2"]
+    killed(command, tmp_path / "tuned", 5)
+    chosen = json.loads((other / "selection.json").read_text())
+    chosen["depth"]["3"]["kept"] = [0, 1, 2]
+    (other / "selection.json").write_text(json.dumps(chosen))
+    done = amoeba(*command, "-o", tmp_path / "tuned", "--resume")
+    assert done.exit_code == 2
+    assert "kept blocks" in done.stderr
+
+
+def test_dropout_is_off_while_tuning(command: list[str], model: ModelFolder, tmp_path: Path) -> None:
+    dropping = Path(shutil.copytree(model.path, tmp_path / "dropping"))
+    config = json.loads((dropping / "config.json").read_text())
+    (dropping / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.5}))
+    (tmp_path / "selection").mkdir()
+    write_selection(tmp_path / "selection", random_selection(ModelFolder(dropping)))
+    there = ["tune", str(dropping), *without(command[2:], "--selection"), "--selection", str(tmp_path / "selection")]
+    with_dropout, plain = tune(there, tmp_path / "a"), tune(command, tmp_path / "b")
+    assert log_of(with_dropout.path) == log_of(plain.path)
+
+
+def test_tensorboard_gets_the_losses(command: list[str], tmp_path: Path) -> None:
+    tune(command, tmp_path / "tuned", "--tensorboard", tmp_path / "events")
+    assert list((tmp_path / "events").glob("events.out.tfevents.*"))
 
 
 def test_data_without_answers_are_refused(command: list[str], tmp_path: Path) -> None:

@@ -32,7 +32,8 @@ from amoeba_deploy.quality import WIDTHS, Quality, QualityRow, write_quality
 from amoeba_deploy.quality_measurement import measure_quality
 from amoeba_deploy.selection import write_selection
 from amoeba_deploy.stage1.pipeline import select
-from amoeba_deploy.stage2.pipeline import DataSettings, Run, tune_checkpoint
+from amoeba_deploy.stage2.data import DataSettings
+from amoeba_deploy.stage2.pipeline import Run, tune_checkpoint
 from amoeba_deploy.stage2.settings import Settings
 
 DEMO = Path(__file__).parent.parent / "amoeba_deploy" / "demo"

@@ -9,8 +9,11 @@ import click
 from amoeba_deploy.commands.common import emit, open_named
 from amoeba_deploy.errors import BadInput
 from amoeba_deploy.options import (
+    base_options,
     checkpoint_argument,
+    cut_options,
     output_options,
+    quality_options,
 )
 from amoeba_deploy.progress import Progress
 from amoeba_deploy.shape import Policy
@@ -25,24 +28,9 @@ def checkpoint() -> None:
 @click.argument("model")
 @click.option("--selection", type=click.Path(path_type=Path), required=True, help="What 'amoeba select' wrote.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to write.")
-@click.option("--quality-text", type=click.Path(path_type=Path), help="Text to measure every shape's loss on.")
-@click.option("--quality-tasks", type=click.Path(path_type=Path), help="Questions to measure accuracy on.")
-@click.option("--name", help="What derived models call it.  [default: the model's name]")
-@click.option("--include-base", is_flag=True, help="Copy the base model into the checkpoint.")
-@click.option(
-    "--policy",
-    type=click.Choice(["uniform", "adaptive"]),
-    default="uniform",
-    show_default=True,
-    help="How widths are spread over blocks: alike, or by one threshold over all.",
-)
-@click.option(
-    "--bias",
-    type=click.Choice(["on", "off"]),
-    default="off",
-    show_default=True,
-    help="Whether subnets carry biases that compensate for what is removed.",
-)
+@quality_options
+@base_options
+@cut_options
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @output_options
 def checkpoint_create(

@@ -9,8 +9,22 @@ from typing import Any
 import click
 
 from amoeba_deploy.commands.common import emit
-from amoeba_deploy.options import Widths, output_options
+from amoeba_deploy.options import Widths, base_options, cut_options, output_options, quality_options
 from amoeba_deploy.progress import Progress
+
+
+def refuse_idle(context: click.Context, adapter: str, shape: str | None) -> None:
+    """Raise a usage error where an option was given that does nothing beside another one."""
+    idle = {
+        "--adapter none": ("rank", "alpha", "experts", "top_k", "mix", "adapter_dtype", "include_base"),
+        "--adapter lora": ("experts", "top_k", "mix"),
+        "--shape": ("random_shapes", "distillation", "no_balance", "conflicts"),
+    }
+    for reason in (f"--adapter {adapter}", "--shape" if shape else ""):
+        for name in idle.get(reason, ()):
+            if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+                option = name.replace("_", "-")
+                raise click.UsageError(f"--{option} does nothing beside {reason}; leave one of them out")
 
 
 @click.command()
@@ -76,20 +90,7 @@ from amoeba_deploy.progress import Progress
     help="Add the shapes' gradients, or first take away what points against another's.",
 )
 @click.option("--no-balance", is_flag=True, help="Leave the shapes' losses at their own magnitudes.")
-@click.option(
-    "--policy",
-    type=click.Choice(["uniform", "adaptive"]),
-    default="uniform",
-    show_default=True,
-    help="How widths are spread over blocks.",
-)
-@click.option(
-    "--bias",
-    type=click.Choice(["on", "off"]),
-    default="off",
-    show_default=True,
-    help="Whether subnets carry biases that compensate for what is removed.",
-)
+@cut_options
 @click.option(
     "--template", type=click.Choice(["alpaca", "plain"]), default="alpaca", show_default=True, help="Of prompts."
 )
@@ -111,14 +112,13 @@ from amoeba_deploy.progress import Progress
 @click.option("--base-bits", type=click.Choice(["4", "8"]), help="Hold the frozen base in so many bits.")
 @click.option("--gradient-checkpointing", is_flag=True, help="Less memory, a third more time.")
 @click.option("--cpu", is_flag=True, help="Leave GPUs alone.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of everything that is drawn.")
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
 @click.option(
     "--save-every", type=click.IntRange(1), default=500, show_default=True, help="Steps between saved states."
 )
 @click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped.")
-@click.option("--log", type=click.Path(path_type=Path), help="Folder for TensorBoard.")
-@click.option("--quality-text", type=click.Path(path_type=Path), help="Text to measure every shape's loss on.")
-@click.option("--quality-tasks", type=click.Path(path_type=Path), help="Questions to measure accuracy on.")
+@click.option("--tensorboard", type=click.Path(path_type=Path), help="Folder for TensorBoard's events.")
+@quality_options
 @click.option(
     "--hold-out",
     type=click.FloatRange(0, 0.5),
@@ -126,8 +126,7 @@ from amoeba_deploy.progress import Progress
     show_default=True,
     help="Share of the data to measure quality on, where no --quality-text is given.",
 )
-@click.option("--name", help="What derived models call it.  [default: the model's name]")
-@click.option("--include-base", is_flag=True, help="Copy the base model into the checkpoint.")
+@base_options
 @click.option("--force", is_flag=True, help="Replace an existing output, or begin an interrupted run again.")
 @output_options
 def tune(
@@ -156,9 +155,11 @@ def tune(
     amoeba tune models/stories260K --selection selection -o tuned --data stories.txt --steps 200
     """
     from amoeba_deploy import console
-    from amoeba_deploy.stage2.pipeline import DataSettings, Run, tune_checkpoint
+    from amoeba_deploy.stage2.data import DataSettings
+    from amoeba_deploy.stage2.pipeline import Run, tune_checkpoint
     from amoeba_deploy.stage2.settings import Settings
 
+    refuse_idle(click.get_current_context(), asked["adapter"], asked["shape"])
     how = {name: asked.pop(name) for name in list(asked) if name in {each.name for each in fields(Settings)}}
     bits: Any = None if base_bits is None else int(base_bits)
     settings = Settings(**how, balance=not no_balance, bias=bias == "on", base_bits=bits)

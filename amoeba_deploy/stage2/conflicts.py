@@ -7,7 +7,7 @@ other in random order, before they are added (PCGrad, arXiv 2001.06782, algorith
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -61,17 +61,18 @@ class Projected:
 
     def finish(self) -> None:
         """Project and add up."""
-        whole = {shape: self.processes.sum(flat) for shape, flat in sorted(self.found.items())}
-        total = torch.stack(project(list(whole.values()), random.Random(f"conflicts/{self.seed}"))).sum(0)
+        whole = [self.processes.sum(self.found[shape]) for shape in sorted(self.found)]
+        total = torch.zeros_like(whole[0])
+        for kept in project(whole, random.Random(f"conflicts/{self.seed}")):
+            total += kept
         sizes = [parameter.numel() for parameter in self.parameters]
         for parameter, part in zip(self.parameters, torch.split(total, sizes), strict=True):
             parameter.grad = part.view_as(parameter).clone()
 
 
-def project(gradients: Sequence[torch.Tensor], rng: random.Random) -> list[torch.Tensor]:
-    """Each of several gradients [n] less its part against each other one, taken in random order."""
+def project(gradients: Sequence[torch.Tensor], rng: random.Random) -> Iterator[torch.Tensor]:
+    """Each of several gradients [n] in turn, less its part against each other one, taken in random order."""
     norms = [float(gradient @ gradient) for gradient in gradients]
-    found = []
     for index, gradient in enumerate(gradients):
         kept, others = gradient.clone(), [other for other in range(len(gradients)) if other != index]
         rng.shuffle(others)
@@ -79,5 +80,4 @@ def project(gradients: Sequence[torch.Tensor], rng: random.Random) -> list[torch
             against = float(kept @ gradients[other])
             if against < 0 and norms[other]:
                 kept -= against / norms[other] * gradients[other]
-        found.append(kept)
-    return found
+        yield kept

@@ -249,6 +249,13 @@ class ElasticModel(nn.Module):
         super().train(mode)
         return self
 
+    def _apply(self, fn: Any, recurse: bool = True) -> ElasticModel:
+        """What torch moves and converts a module by; stand-ins are made anew, because they know where things were."""
+        self._views.clear()
+        self._layers.clear()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
     @property
     def _running(self) -> _View:
         if self._active is None:

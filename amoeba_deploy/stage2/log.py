@@ -76,7 +76,7 @@ class TuningLog:
                 (a random one that is one of the first two is not told apart from it).
             rate: the learning rate.
             gradient: the gradient's norm before it was clipped.
-            tokens: that were learnt from.
+            tokens: positions of its rows, with prompts and padding, over all processes.
             seconds: that the step took, above zero.
         """
         if not self._main:
@@ -179,8 +179,8 @@ def _step_of(line: bytes) -> float:
         return math.inf
 
 
-def _open_board(folder: Path, start: int) -> Any:
-    """TensorBoard's writer, which has it forget what a killed run wrote behind the step ``start``."""
+def require_board() -> Any:
+    """The class of TensorBoard's writers; raises ToolchainMissing where it is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -188,7 +188,12 @@ def _open_board(folder: Path, start: int) -> Any:
             "events for TensorBoard need the package tensorboard, which is not installed; "
             "run pip install 'amoeba-deploy[tensorboard]'"
         ) from None
-    return SummaryWriter(str(folder), purge_step=start + 1)
+    return SummaryWriter
+
+
+def _open_board(folder: Path, start: int) -> Any:
+    """TensorBoard's writer, which has it forget what a killed run wrote behind the step ``start``."""
+    return require_board()(str(folder), purge_step=start + 1)
 
 
 def _report(

@@ -20,9 +20,6 @@ from torch import nn
 from amoeba_deploy.adapters import GATE, NOISE, Mix, matrices, tensor_names, width_code
 from amoeba_deploy.architecture import Architecture
 
-INNER = 16
-"""Values between the gate's two linear maps, as in the released code."""
-
 
 @dataclass(frozen=True)
 class MixtureSettings:
@@ -36,6 +33,8 @@ class MixtureSettings:
     """``factors``: (sum g B) (sum g A), as released; ``products``: sum g (B A)."""
     gated: bool = True
     """Without a gate there is one expert."""
+    inner: int = 16
+    """Values between the gate's two linear maps, as in the released code."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +48,9 @@ class Shares:
 class Gate(nn.Module):
     """From what a shape keeps to the experts that serve it."""
 
-    def __init__(self, inputs: int, experts: int, top_k: int) -> None:
+    def __init__(self, inputs: int, experts: int, top_k: int, inner: int) -> None:
         super().__init__()
-        self.first, self.second = nn.Linear(inputs, INNER), nn.Linear(INNER, experts)
+        self.first, self.second = nn.Linear(inputs, inner), nn.Linear(inner, experts)
         self.noise = nn.Linear(inputs, experts)
         self.top_k = top_k
 
@@ -106,7 +105,7 @@ class Mixture(nn.Module):
             for _ in range(sizes.depth)
         )
         inputs = sizes.depth + len(self.widths)
-        self.gate = Gate(inputs, settings.experts, settings.top_k) if settings.gated else None
+        self.gate = Gate(inputs, settings.experts, settings.top_k, settings.inner) if settings.gated else None
 
     def experts(self, block: int, matrix: str) -> Experts:
         """The experts of a linear layer such as ``mlp.up_proj``."""
@@ -141,10 +140,14 @@ class Mixture(nn.Module):
         return found | (self.gate.tensors() if self.gate else {})
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Take over values by the names of ``tensors``; what tuning drew noise with may be missing."""
+        """Take over values by the names of ``tensors``; what tuning drew noise with may be missing, or of other sizes.
+
+        It is not needed to run, and the files of others may have it differently.
+        """
         with torch.no_grad():
             for name, parameter in self.tensors().items():
-                if name in tensors or name not in NOISE:
+                if name not in NOISE or (name in tensors and tensors[name].shape == parameter.shape):
+                    assert tensors[name].shape == parameter.shape
                     parameter.copy_(tensors[name])
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
@@ -37,7 +37,7 @@ class Processes:
         """
         from accelerate import Accelerator
 
-        self.accelerator: Any = Accelerator(cpu=cpu)
+        self.accelerator: Any = Accelerator(cpu=cpu or not torch.accelerator.is_available())
         self.mixed_precision = mixed_precision
         if self.accelerator.mixed_precision not in ("no", mixed_precision):
             raise BadInput(
@@ -46,6 +46,12 @@ class Processes:
             )
         self.rank, self.count = int(self.accelerator.process_index), int(self.accelerator.num_processes)
         self.device: torch.device = self.accelerator.device
+        started = os.environ.get("WORLD_SIZE", "1")
+        if started != str(self.count):
+            raise BadInput(
+                f"{started} processes were started and accelerate has put {self.count} together; check its settings "
+                f"with 'accelerate env', or start them with torchrun"
+            )
         self.sharded = self.count > 1 and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
         """Whether blocks are held in shares. Read from the launcher, because accelerate ignores it on the CPU."""
         if self.sharded and os.environ.get("FSDP_VERSION", "1") != "2":
@@ -76,7 +82,8 @@ class Processes:
 
         mesh = init_device_mesh(self.device.type, (self.count,))
         for block in blocks:
-            fully_shard(block, mesh=mesh)
+            # Of a block that is its own root, FSDP2 would otherwise keep all of it after a forward pass.
+            fully_shard(block, mesh=mesh, reshard_after_forward=True)
 
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Sum all gradients over all processes, in place; what has none in this process counts as zero."""
@@ -118,9 +125,22 @@ class Processes:
                 gradient.mul_(limit / (norm + 1e-6))
         return norm
 
-    def whole(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A tensor of which each process may hold a share; all processes must ask for it."""
-        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    def collected(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Tensors of which each process may hold a share, whole, in the first process; none in the others.
+
+        All processes must ask for the same ones. One tensor at a time is whole in the others.
+        """
+        found = {}
+        for name, tensor in tensors.items():
+            whole = tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
+            if self.main:
+                found[name] = whole
+        return found
+
+    def agree(self, value: int) -> bool:
+        """Whether a number is the same in all processes."""
+        every = self.sum(torch.tensor([value, value * value], device=self.device)).tolist()
+        return bool(every == [value * self.count, value * value * self.count])
 
     def share(self, tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """This process's share of a whole tensor, where another like it is held in shares."""

@@ -106,6 +106,11 @@ def read_state(file: Path) -> tuple[int, dict[str, torch.Tensor]]:
     return step, tensors
 
 
+def newest_step(folder: Path) -> int | None:
+    """The step of the newest state in a run folder, whether it is whole or not; None where there is none."""
+    return max(_states(folder), default=None)
+
+
 def latest_state(folder: Path, progress: Progress) -> tuple[int, dict[str, torch.Tensor]] | None:
     """The newest state of a run folder that is whole; None where the folder holds no state.
 

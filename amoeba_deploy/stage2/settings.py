@@ -13,6 +13,7 @@ from amoeba_deploy.shape import Policy, format_width
 from amoeba_deploy.stage2.mixture import MixtureSettings
 
 Adapter = Literal["smol", "lora", "none"]
+ExpertDtype = Literal["fp32", "bf16", "fp16"]
 Schedule = Literal["constant", "cosine"]
 RECIPE_WIDTHS = (Fraction(1), Fraction(7, 8), Fraction(3, 4), Fraction(5, 8))
 LEARNING_RATES: dict[Adapter, float] = {"smol": 2e-4, "lora": 2e-4, "none": 2e-5}
@@ -39,7 +40,7 @@ class Settings:
     experts: int = 5
     top_k: int = 2
     mix: Mix = "factors"
-    adapter_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    adapter_dtype: ExpertDtype = "fp32"
     widths: tuple[Fraction, ...] = RECIPE_WIDTHS
     random_shapes: int = 2
     shape: str | None = None

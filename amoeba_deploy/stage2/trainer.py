@@ -98,6 +98,9 @@ class Trainer:
                 raise Diverged(f"the loss of {shape} in step {number + 1} is not finite")
         combination.finish()
         norm = self.processes.clip(self.parameters.values(), settings.clip)
+        if not math.isfinite(norm):
+            self.optimiser.zero_grad(set_to_none=True)
+            raise Diverged(f"the gradient of step {number + 1} is not finite, its losses are")
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         self.done += 1
@@ -139,14 +142,13 @@ class Trainer:
         return losses, int(sum(tokens))
 
     def state(self) -> Tensors:
-        """All that a run needs to go on, by name; all processes must ask for it together."""
+        """All that a run needs to go on, by name; all processes must ask for it together, the first one gets it."""
         found: Tensors = {}
         for name, parameter in self.parameters.items():
-            found[name] = self.processes.whole(parameter.detach())
+            found[name] = parameter.detach()
             # What no shape has used yet has no moments.
-            for moment, value in self.optimiser.state.get(parameter, {}).items():
-                found[f"{moment}:{name}"] = self.processes.whole(value)
-        return found
+            found |= {f"{moment}:{name}": value for moment, value in self.optimiser.state.get(parameter, {}).items()}
+        return self.processes.collected(found)
 
     def load(self, done: int, state: Mapping[str, torch.Tensor]) -> None:
         """Go on from what ``state`` gave after so many steps."""
@@ -156,7 +158,7 @@ class Trainer:
                 saved = {moment: state[f"{moment}:{name}"] for moment in _MOMENTS if f"{moment}:{name}" in state}
                 if saved:
                     self.optimiser.state[parameter] = {
-                        # The count of steps stays on the CPU, where torch keeps it.
+                        # The count of steps is on the CPU, where torch keeps it unless the update is fused.
                         moment: value.clone() if moment == "step" else self.processes.share(value, parameter)
                         for moment, value in saved.items()
                     }
