@@ -16,6 +16,8 @@ from conftest import MODELS, random_selection
 from test_adapters import WIDTHS, tuned_checkpoint
 from test_families import IDS, TOLERANCE, mask, relative_error, stock_logits
 
+from amoeba_deploy.adapters import write_adapters
+from amoeba_deploy.checkpoint import open_checkpoint
 from amoeba_deploy.errors import BadInput
 from amoeba_deploy.extraction.compensation import block_biases
 from amoeba_deploy.extraction.folder import Learnt, extract
@@ -105,6 +107,22 @@ def test_a_tuned_shape_equals_its_extraction(name: str, bias: bool, mix: Any, mo
         folder.mkdir()
         extract(checkpoint.model, plan, folder, learnt=checkpoint.learnt(plan))
         assert relative_error(logits_of(elastic, plan.shape), stock_logits(folder)) < TOLERANCE, text
+
+
+def test_a_gate_of_another_size_is_run_as_it_is(models: Models, tmp_path: Path) -> None:
+    checkpoint = tuned_checkpoint(models("llama-grouped-tied"), tmp_path)
+    assert checkpoint.adapters is not None
+    tensors = {name: checkpoint.adapters.tensor(name) for name in checkpoint.adapters.infos}
+    for name in ("gate.0.weight", "gate.0.bias"):
+        tensors[name] = tensors[name][:1]
+    tensors["gate.1.weight"] = tensors["gate.1.weight"][:, :1]
+    write_adapters(checkpoint.path, tensors, rank=4, alpha=16, top_k=2, widths=WIDTHS)
+    checkpoint = open_checkpoint(checkpoint.path)
+    plan = checkpoint.plan_of("3x0.67")
+    (tmp_path / "subnet").mkdir()
+    extract(checkpoint.model, plan, tmp_path / "subnet", learnt=checkpoint.learnt(plan))
+    found = logits_of(elastic_model(checkpoint), plan.shape)
+    assert relative_error(found, stock_logits(tmp_path / "subnet")) < TOLERANCE
 
 
 @pytest.mark.parametrize("bias", [False, True])

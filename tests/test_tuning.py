@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,14 @@ from amoeba_deploy.adapters import ADAPTERS
 from amoeba_deploy.checkpoint import Checkpoint, open_checkpoint
 from amoeba_deploy.model_folder import ModelFolder
 from amoeba_deploy.selection import write_selection
+from amoeba_deploy.stage2.batches import Batches
+from amoeba_deploy.stage2.data import DataSettings
+from amoeba_deploy.stage2.pipeline import make_trainer
+from amoeba_deploy.stage2.processes import Processes
 from amoeba_deploy.stage2.result import elastic_model
+from amoeba_deploy.stage2.selected import Selected
+from amoeba_deploy.stage2.settings import Settings
+from amoeba_deploy.stage2.trainer import Diverged
 
 WORDS = ["red", "fox", "green", "boat", "old", "mill", "song", "blue", "river", "cold", "morning", "bird", "stone"]
 
@@ -279,6 +287,29 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(comman
     assert "the state behind step 1 is kept in" in done.stderr
     assert (tmp_path / "tuned.tuning" / "state-00000001.safetensors").is_file()
     assert not (tmp_path / "tuned").exists()
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(model: ModelFolder, selection: Path, data: Path) -> None:
+    settings = Settings(steps=2, batch=2, accumulate=1, rank=4, widths=(Fraction(1), Fraction(1, 2)))
+    rows, _ = DataSettings(str(data), "plain", 48, 48).read(model, held_out=False)
+    selected = Selected.open(str(model.path), selection)
+    trainer = make_trainer(selected, Batches(rows, 2, 0), settings, Processes("no", cpu=True))
+    before = {name: tensor.clone() for name, tensor in trainer.state().items()}
+    next(iter(trainer.parameters.values())).register_hook(lambda gradient: gradient * torch.inf)
+    with pytest.raises(Diverged, match="the gradient of step 1 is not finite"):
+        trainer.step()
+    assert all(torch.equal(before[name], tensor) for name, tensor in trainer.state().items())
+
+
+def test_a_tokenizer_beyond_the_vocabulary_is_refused(command: list[str], model: ModelFolder, tmp_path: Path) -> None:
+    small = save_random_model(tmp_path / "small", "llama", vocab_size=300)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(model.path / name, small.path / name)
+    (chosen := tmp_path / "selection").mkdir()
+    write_selection(chosen, random_selection(ModelFolder(small.path)))
+    done = amoeba("tune", small.path, *without(command[2:], "--selection"), "--selection", chosen, "-o", tmp_path / "a")
+    assert done.exit_code == 2
+    assert "put the model's own tokenizer there" in done.stderr
 
 
 @pytest.mark.parametrize(
