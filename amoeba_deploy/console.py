@@ -178,7 +178,9 @@ def print_checkpoint(checkpoint: Checkpoint) -> None:
         f"width {float(checkpoint.minimum_width):g} to 1"
     )
     if checkpoint.selection.masks is None:
-        tuned = "tuned" if checkpoint.adapters else "untuned"
+        alone = checkpoint.tuning.get("settings", {}).get("shape")
+        tuned = "tuned" if checkpoint.adapters or checkpoint.tuning else "untuned"
+        tuned += f" for {alone} alone" if alone else ""
         click.echo(
             f"  {tuned}, policy {checkpoint.policy}, bias {_on(checkpoint.bias)}; base model {checkpoint.model.path}"
         )
@@ -186,7 +188,9 @@ def print_checkpoint(checkpoint: Checkpoint) -> None:
         widths = ", ".join(format_width(width) for width in checkpoint.selection.masks.widths)
         click.echo(f"  imported masks: only the widths {widths}, policy adaptive, bias {_on(checkpoint.bias)}")
     if checkpoint.adapters is not None:
-        click.echo(f"  tuned adapters: {checkpoint.adapters.experts} experts of rank {checkpoint.adapters.rank}")
+        experts = checkpoint.adapters.experts
+        many = f"{experts} experts" if experts > 1 else "one LoRA"
+        click.echo(f"  tuned adapters: {many} of rank {checkpoint.adapters.rank}")
     for depth, choice in sorted(checkpoint.selection.depths.items(), reverse=True):
         click.echo(f"  depth {depth}: keeps blocks {kept_text(choice)}")
     if quality is None:

@@ -144,6 +144,9 @@ class Subnet:
         policy = self.plan.shape.policy
         if policy != checkpoint.policy:
             found.append(f"the checkpoint was made for the policy {checkpoint.policy}; this subnet is {policy}")
+        alone = checkpoint.tuning.get("settings", {}).get("shape")
+        if alone and str(self.plan.shape) != alone:
+            found.append(f"the checkpoint was tuned for {alone} alone; this subnet is {self.plan.shape}")
         found += self._rounding()
         if self.ragged and not self.plan.is_ragged and not self.bias:
             found.append("all blocks are alike, so the uniform layout would need no code of its own")

@@ -190,6 +190,9 @@ def test_one_shape_can_be_tuned_alone(command: list[str], tmp_path: Path) -> Non
     assert all(list(line["loss"]) == ["2x0.4"] for line in log_of(made.path))
     assert made.tuning["settings"]["shape"] == "2x0.4"
     assert [str(width) for width in made.widths] == ["1", "2/5"]
+    assert "tuned for 2x0.4 alone" in amoeba("checkpoint", "show", made.path).stdout
+    said = amoeba("extract", made.path, "--shape", "4x1", "-o", tmp_path / "other").stderr
+    assert "was tuned for 2x0.4 alone" in said
 
 
 def test_quality_is_measured_on_what_was_held_out(command: list[str], tmp_path: Path) -> None:
@@ -330,6 +333,7 @@ def test_a_tokenizer_beyond_the_vocabulary_is_refused(command: list[str], model:
         (("--shape", "2x0.5", "--conflicts", "project"), "--conflicts does nothing beside --shape"),
         (("--quality-text", "nowhere.txt"), "nowhere.txt"),
         (("--seed", -1), "--seed"),
+        (("--lr", "nan"), "--lr nan"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_written(

@@ -130,7 +130,7 @@ class Run:
         """All that decides the result, by the names of options."""
         settings = {name: value for name, value in self.settings.to_json().items() if name != "gradient_checkpointing"}
         return settings | {
-            "data": batches.data.facts,
+            **{f"data {name.replace('_', ' ')}": value for name, value in batches.data.facts.items()},
             "grouping": batches.grouping,
             "base model": selected.model.digest,
             "kept blocks": {str(d): list(c.kept) for d, c in sorted(selected.selection.depths.items())},
@@ -159,7 +159,9 @@ def tune_checkpoint(run: Run) -> Checkpoint | None:
     batches.share(0, processes.rank, processes.count)  # refuses rows that cannot be spread over the processes
     progress = run.progress if processes.main else Progress(quiet=True)
     progress.say(data_line(sequences))
-    progress.say(f"shapes: {len(space.depths) * len(space.widths)}, {space.smallest} to {space.largest}")
+    count = len(space.depths) * len(space.widths)
+    several = "" if processes.count == 1 else f"; {processes.count} processes"
+    progress.say(f"shapes to tune: {count}, {space.smallest} to {space.largest}{several}")
     folder = run_folder(run.output)
     saved = None
     if processes.main:
@@ -188,9 +190,12 @@ def tune_checkpoint(run: Run) -> Checkpoint | None:
             measure(run, made, held, output, processes.device, progress)
         saved.remove()
         return open_checkpoint(run.output)
-    except BaseException:
-        if saved is not None and newest_step(folder) is None:
+    except BaseException as error:
+        kept = newest_step(folder)
+        if saved is not None and kept is None:
             saved.remove()
+        elif saved is not None and isinstance(error, KeyboardInterrupt):
+            progress.say(f"the state behind step {kept} is kept in {folder}; go on with --resume")
         raise
     finally:
         if saved is not None:
@@ -251,6 +256,8 @@ def report(log: TuningLog, step: Step) -> None:
 def measure(run: Run, made: Checkpoint, held: str, folder: Path, device: torch.device, progress: Progress) -> None:
     """Measure the quality of every shape of the grid, on the text asked for or on what was held out, and write it."""
     where = str(device)
+    if run.quality_text is not None or held:
+        progress.say("measuring the quality of every shape")
     if run.quality_text is not None:
         found = measure_quality(made, run.quality_text, run.quality_tasks, device=where, progress=progress)
         write_quality(folder, found)

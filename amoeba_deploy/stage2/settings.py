@@ -58,6 +58,10 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Raises BadInput where settings contradict each other."""
+        for name in ("lr", "clip", "alpha"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise BadInput(f"--{name} {value} is not a finite number")
         if self.adapter == "none" and self.base_bits is not None:
             raise BadInput(
                 "with --adapter none all weights are tuned, and weights in 4 or 8 bits cannot be; leave out one"
