@@ -34,6 +34,8 @@ bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks.selection_speed
 	$(BIN)/python -m benchmarks.selection
 	$(BIN)/python -m benchmarks.offload
+	$(BIN)/python -m benchmarks.tuning_step
+	$(BIN)/python -m benchmarks.distillation
 
 clean:
 	rm -rf $(VENV) build dist
