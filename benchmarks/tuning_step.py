@@ -7,6 +7,8 @@ and loss, and their losses and gradients are compared first. The bound is the ra
 step does in the linear layers of the blocks, the experts', the attention's and the head's included; nothing that only
 computes less can be faster than that.
 
+The loss alone has a benchmark of its own, ``python -m benchmarks.distillation``.
+
     python -m benchmarks.tuning_step                       # on the CPU
     python -m benchmarks.tuning_step --device cuda --dtype bfloat16 --hidden 4096 --neurons 11008 --depth 32
 """

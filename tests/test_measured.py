@@ -101,7 +101,8 @@ def test_measured_quality_is_that_of_the_extracted_subnet(demo: Checkpoint, tmp_
     """One row of the shipped quality.json, measured again from scratch."""
     assert demo.quality is not None
     shape = Shape.parse("7x0.625")
-    extract(demo.model, demo.plan(shape), tmp_path)
+    plan = demo.plan(shape)
+    extract(demo.model, plan, tmp_path, learnt=demo.learnt(plan))
     rows = text_rows(DEMO / "validation.txt", demo.model.tokenizer())
     found = text_loss(torch_logits(load_torch_model(tmp_path)), rows)
     value = demo.quality.loss(shape, "fp32")
@@ -146,7 +147,8 @@ def test_an_interpolated_loss_is_close_to_the_measured_one(demo: Checkpoint, tmp
     for name in ("8x0.8", "9x0.94", "7x0.7", "11x0.56"):
         folder = tmp_path / name
         folder.mkdir()
-        extract(demo.model, demo.plan(Shape.parse(name)), folder)
+        plan = demo.plan(Shape.parse(name))
+        extract(demo.model, plan, folder, learnt=demo.learnt(plan))
         predicted = demo.quality.loss(Shape.parse(name), "fp32")
         assert predicted.source == "interpolated"
         found = text_loss(torch_logits(load_torch_model(folder)), rows).loss
