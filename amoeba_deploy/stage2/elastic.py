@@ -157,9 +157,8 @@ class ElasticModel(nn.Module):
         policy: Policy = "uniform",
         bias: bool = False,
         mixture: Mixture | None = None,
-        ordered: bool = False,
     ) -> None:
-        """Put the model's units in the order of their scores, in place, unless they are ``ordered`` already.
+        """Put the model's units in the order of their scores, in place.
 
         Args:
             model: a stock transformers model of the family and sizes of ``sizes``.
@@ -169,7 +168,6 @@ class ElasticModel(nn.Module):
             policy: of shapes that are given as text.
             bias: whether removed channels are replaced by their mean (compensation).
             mixture: experts to run with, their units in the same order.
-            ordered: the model's units are in order already.
 
         Raises:
             BadInput: the selection holds masks, which do not say in which order units go.
@@ -186,8 +184,7 @@ class ElasticModel(nn.Module):
         self._views: dict[Shape, _View] = {}
         self._layers: dict[tuple[int, int, int, int], Any] = {}
         self._active: _View | None = None
-        if not ordered:
-            reorder(model, sizes, self.orders)
+        reorder(model, sizes, self.orders)
         self._means = [self._ordered_means(index) for index in range(sizes.depth)] if bias else []
 
     def _ordered_means(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
