@@ -155,4 +155,7 @@ class Processes:
 
     def end(self) -> None:
         """Leave the others; what comes after is this process's own."""
+        self.wait()
         self.accelerator.end_training()
+        if torch.distributed.is_initialized():  # also the groups of shards, whose threads would outlive the interpreter
+            torch.distributed.destroy_process_group()
