@@ -8,13 +8,15 @@ give), ``manifest.json`` (what was built, from what, by what, for which device; 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from amoeba_deploy.backends import load_backend
-from amoeba_deploy.errors import BadInput, VerificationFailed
+from amoeba_deploy.backends.backend import Engine
+from amoeba_deploy.errors import BadInput, ToolchainMissing, VerificationFailed
 from amoeba_deploy.files import read_json, sha256_of, write_json
+from amoeba_deploy.profiles.machine import own_chips
 from amoeba_deploy.selftest import check, read_selftest
 
 BUNDLE_FORMAT = "amoeba.bundle/1"
@@ -73,12 +75,53 @@ def verify_files(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def open_engine(folder: Path, manifest: Mapping[str, Any]) -> Engine:
+    """The engine of a bundle.
+
+    Raises:
+        BadInput: it was built for another machine, or with versions that must be the same and are not.
+        ToolchainMissing: it does not run here.
+    """
+    flow, precision = manifest["flow"], manifest["precision"]
+    if manifest.get("steps"):
+        does = "; ".join(str(step.get("does")) for step in manifest["steps"])
+        raise ToolchainMissing(f"{folder}: its engine is not finished; run the steps of its manifest first ({does})")
+    backend = load_backend(flow)
+    foreign = foreign_to(manifest.get("identity"), backend.toolchain().versions)
+    if foreign:
+        raise BadInput(f"{folder}: its engine {foreign}; build it again, or run it there")
+    workload = manifest.get("workload", {})
+    context, batch = manifest.get("context"), int(workload.get("batch", 1))
+    return backend.open(folder / ENGINE, precision, context=context, batch=batch)
+
+
+def foreign_to(identity: Any, installed: Mapping[str, str], chips: Sequence[str] | None = None) -> str | None:
+    """Why an engine of some identity is not valid here, as half a sentence, or None.
+
+    Args:
+        identity: the manifest's ``identity``; an older manifest has none.
+        installed: versions of the engine's packages on this machine.
+        chips: the architectures of this machine; found out where left out.
+    """
+    if not isinstance(identity, dict):
+        return None
+    wanted = identity.get("chip")
+    here = chips or own_chips()
+    if wanted and wanted not in here:
+        return f"was built for {wanted}, and this machine is {' with '.join(here)}"
+    versions = identity.get("versions", {})
+    for package in identity.get("bound", ()):
+        if installed.get(package) != versions.get(package):
+            found = installed.get(package, "missing")
+            return f"was built with {package} {versions.get(package)}, which is {found} here"
+    return None
+
+
 def run_selftest(folder: Path, manifest: Mapping[str, Any]) -> int:
     """Run the self-test through the bundle's engine; returns the number of tokens compared.
 
     Raises:
         VerificationFailed: the engine gives other tokens.
+        BadInput: the engine is not valid on this machine.
     """
-    test = read_selftest(folder)
-    engine = load_backend(manifest["flow"]).open(folder / ENGINE, manifest["precision"])
-    return check(engine, test, str(folder))
+    return check(open_engine(folder, manifest), read_selftest(folder), str(folder))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from amoeba_deploy.request import Answer, ExportAnswer
     from amoeba_deploy.search import Candidate
     from amoeba_deploy.selection import DepthChoice, Selection
+    from amoeba_deploy.verification import Verification
 
 
 def columns(rows: Sequence[Sequence[str]], head: Sequence[str]) -> None:
@@ -291,7 +293,7 @@ def print_answer(answer: Answer, top: int = 5) -> None:
     if best.quality.metric != "loss":
         click.echo("  no quality is known here: shapes are ranked by the parameters they keep")
     _print_binding(answer)
-    if request.plan is None:
+    if request.shape is None:
         click.echo(f"\nbest {min(top, len(result.ranked))} within the budget")
         columns([_candidate_row(candidate) for candidate in result.ranked[:top]], _candidate_head(metric))
 
@@ -320,7 +322,7 @@ def _print_binding(answer: Answer) -> None:
     budget = answer.request.budget
     limits = [f"{budget.metric.upper()} {budget.ms:g} ms"] if budget.ms is not None else []
     limits += [f"memory {amount(budget.memory_bytes)}"] if budget.memory_bytes is not None else []
-    if answer.request.plan is not None:
+    if answer.request.shape is not None:
         return
     if answer.result.binding is None:
         click.echo(f"  the budget ({', '.join(limits)}) does not bind: the best of all shapes fits")
@@ -338,18 +340,35 @@ def _print_overrun(done: ExportAnswer) -> None:
         )
 
 
+def _print_perplexity(verified: Verification) -> None:
+    found = verified.perplexity
+    if found is not None:
+        click.echo(
+            f"perplexity {found.engine:.4g} on {found.tokens} tokens where the unquantised subnet has "
+            f"{found.reference:.4g} ({found.rise:+.2%}, allowed {found.allowed_rise:+.1%})"
+        )
+
+
 def print_export(done: ExportAnswer) -> None:
     """The choice, how the engine was verified, and where the bundle is."""
     print_answer(done.answer, top=3)
     verified = done.export.verification
     click.echo("")
     if verified is None:
-        click.echo("not verified")
+        why = f": it cannot run here, {done.export.cannot_run}" if done.export.cannot_run else ""
+        click.echo(f"not verified{why}")
     else:
         click.echo(
             f"verified: logits within {verified.max_logit_error:.2g} of the reference "
             f"(allowed {verified.tolerance:.2g}), {verified.greedy_tokens} greedy tokens equal"
         )
+        _print_perplexity(verified)
+    artefact = done.export.artefact
+    for note in artefact.notes:
+        click.echo(f"note: {note}")
+    for number, step in enumerate(artefact.steps, 1):
+        needs = f" (needs {step.needs})" if step.needs else ""
+        click.echo(f"step {number} on the device{needs}, {step.does}:\n  {shlex.join(step.command)}")
     if done.export.timing is not None:
         timing = done.export.timing
         click.echo(f"measured: TPOT {timing.tpot_ms:.3f} ms, TTFT {timing.ttft_ms:.1f} ms on this machine")

@@ -14,8 +14,10 @@ from typing import Any
 
 from amoeba_deploy import __version__
 from amoeba_deploy.backends import load_backend
+from amoeba_deploy.backends.backend import Artefact, BuildOptions
 from amoeba_deploy.bundle import ENGINE, MEASURED, MEASURED_FORMAT, write_manifest
 from amoeba_deploy.checkpoint import Checkpoint
+from amoeba_deploy.extraction.folder import other_files
 from amoeba_deploy.files import whole_folder, write_json
 from amoeba_deploy.lowering import lower_plan
 from amoeba_deploy.plan import Plan
@@ -51,7 +53,7 @@ class Order:
     flow: str
     precision: str
     workload: Workload
-    context: int
+    options: BuildOptions
     on_this_machine: bool
     facts: dict[str, Any]
 
@@ -64,6 +66,9 @@ class Export:
     verification: Verification | None
     timing: Timing | None
     bytes: int
+    artefact: Artefact
+    cannot_run: str | None
+    """Why the engine cannot run on this machine, where it cannot: then it was not verified here."""
 
     def verified_json(self) -> dict[str, Any] | None:
         """The ``verified`` entry of the JSON output."""
@@ -74,62 +79,85 @@ class Export:
 
 
 def export(
-    checkpoint: Checkpoint, order: Order, output: Path, *, force: bool, verify: bool, phases: Phases, progress: Progress
+    checkpoint: Checkpoint,
+    order: Order,
+    output: Path,
+    *,
+    force: bool,
+    verify: bool,
+    text: Path | None = None,
+    phases: Phases,
+    progress: Progress,
 ) -> Export:
     """Build one bundle; nothing stands under ``output`` until it is complete.
+
+    Verification measures perplexity on ``text``, or on what the subnet writes itself.
 
     Raises:
         BadInput: the output exists already, or the backend refuses the subnet.
         VerificationFailed: the engine does not compute what the subnet does.
     """
-    backend = load_backend(order.flow)
+    backend, options = load_backend(order.flow), order.options
+    cannot_run = backend.cannot_run(order.precision, options)
     inputs = (checkpoint.path, checkpoint.model.path)
     with whole_folder(output, force, inputs) as folder, tempfile.TemporaryDirectory(prefix="amoeba-dense-") as work:
         engine = folder / ENGINE
         engine.mkdir()
         progress.say(f"building {order.flow} {order.precision} of {order.plan.shape}")
         with phases.phase("build"):
-            subnet = lower_plan(checkpoint, order.plan, backend, order.precision, order.context, engine, Path(work))
+            subnet, artefact = lower_plan(checkpoint, order.plan, backend, order.precision, options, engine, Path(work))
+        unfinished = cannot_run or artefact.steps
         verification, timing = None, None
         with phases.phase("verify"):
-            if verify:
+            if verify and not unfinished:
                 progress.say("verifying against transformers")
-                verification = verify_artefact(backend, subnet, engine, order.precision, order.context)
-        opened = backend.open(engine, order.precision)
+                verification = verify_artefact(backend, subnet, engine, order.precision, options, text)
+        if unfinished:
+            # What the subnet itself gives is what its engine must give on the device.
+            opened = load_backend("torch").open(subnet.path, "fp32")
+        else:
+            opened = backend.open(engine, order.precision, context=options.context, batch=options.batch)
         with phases.phase("measure"):
-            if order.on_this_machine:
+            if order.on_this_machine and not unfinished:
                 progress.say("measuring")
                 timing = measure([opened], subnet.architecture.vocabulary, order.workload, LOCAL_REPEATS)[0]
         with phases.phase("bundle"):
-            ids = prompt_ids(subnet, order.context)
+            ids = prompt_ids(subnet, options.context)
             opened.reset()
             scale = float(abs(opened.feed(ids)).max())
             tolerance = verification.rounding if verification else backend.tolerance(order.precision) * scale
-            steps = min(STEPS, order.context - ids.shape[1])
+            steps = min(STEPS, options.context - ids.shape[1])
             write_selftest(folder, record(opened, tuple(ids[0].tolist()), steps, tolerance))
-            for file in subnet.tokenizer_files():
+            for file in (subnet.path / "config.json", *other_files(subnet)):
                 shutil.copyfile(file, folder / file.name)
             write_json(folder / MEASURED, _measured(verification, timing, order))
-            write_manifest(folder, manifest_facts(checkpoint, order))
+            write_manifest(folder, manifest_facts(checkpoint, order, artefact, verification))
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    return Export(output, verification, timing, size)
+    return Export(output, verification, timing, size, artefact, cannot_run)
 
 
-def manifest_facts(checkpoint: Checkpoint, order: Order) -> dict[str, Any]:
+def manifest_facts(
+    checkpoint: Checkpoint, order: Order, artefact: Artefact, verification: Verification | None
+) -> dict[str, Any]:
     """The manifest's entries that follow from what was built; nothing of time or measurement."""
-    toolchain = load_backend(order.flow).toolchain()
+    backend, options = load_backend(order.flow), order.options
+    toolchain = backend.toolchain()
     return {
         "tool": f"amoeba-deploy {__version__}",
         **checkpoint.origin(),
         "flow": order.flow,
         "precision": order.precision,
         "engine_versions": toolchain.versions,
-        "context": order.context,
+        "identity": backend.identity(order.precision, options).to_json(),
+        "settings": dict(options.settings),
+        "context": options.context,
         "workload": {"batch": order.workload.batch, "prompt": order.workload.prompt, "tokens": order.workload.tokens},
         **order.facts,
         "shape": order.plan.shape.to_json(),
         "plan": order.plan.to_json()["blocks"],
-        "steps": [],
+        "engine": dict(artefact.facts),
+        "verified": None if verification is None else verification.rule(backend.tolerance(order.precision)),
+        "steps": [step.to_json() for step in artefact.steps],
     }
 
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from amoeba_deploy.backends.backend import Backend
+from amoeba_deploy.backends.backend import Artefact, Backend, BuildOptions
 from amoeba_deploy.checkpoint import Checkpoint
 from amoeba_deploy.extraction.folder import extract
 from amoeba_deploy.extraction.ragged import Layout
@@ -19,23 +19,25 @@ def lower_plan(
     plan: Plan,
     backend: Backend,
     precision: str,
-    context: int,
+    options: BuildOptions,
     output: Path,
     work: Path,
-) -> ModelFolder:
-    """Write the artefact of a plan into the empty folder ``output``; returns the dense subnet it was made from.
+) -> tuple[ModelFolder, Artefact]:
+    """Write the artefact of a plan into the empty folder ``output``; returns the dense subnet it was made from, too.
 
     Where the backend uses a dense folder in place, that is ``output`` itself; else the dense subnet is written to the
     empty folder ``work``, in the model's own dtype, and the backend stores weights its own way. Blocks of different
-    widths are left so where the backend takes them, and padded where it does not.
+    widths are left so where the backend takes them, and padded to sizes that it takes where it does not.
     """
     dtype = backend.weight_dtype(precision)
     dense = output if dtype else work
     layout: Layout = "ragged" if plan.is_ragged and "ragged" in backend.layouts() else "uniform"
+    sizes = checkpoint.architecture
+    multiple = backend.takes.steps(sizes, 1, precision).multiple
+    blocks = backend.block_sizes(plan, sizes, multiple) if layout == "ragged" else None
     learnt, facts = checkpoint.learnt(plan), checkpoint.origin()
     # Engines point into one file of weights, whatever its size.
-    options: dict[str, Any] = {"dtype": dtype, "layout": layout, "learnt": learnt, "facts": facts}
-    extract(checkpoint.model, plan, dense, shard_bytes=sys.maxsize, **options)
+    wanted: dict[str, Any] = {"dtype": dtype, "layout": layout, "blocks": blocks, "learnt": learnt, "facts": facts}
+    extract(checkpoint.model, plan, dense, shard_bytes=sys.maxsize, **wanted)
     subnet = ModelFolder(dense)
-    backend.lower(subnet, output, precision, context)
-    return subnet
+    return subnet, backend.lower(subnet, output, precision, options)

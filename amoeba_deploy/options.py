@@ -63,6 +63,20 @@ class Memory(_Quantity):
     example = "8GB"
 
 
+class Setting(click.ParamType[tuple[str, str]]):
+    """A setting of an engine's own, as NAME=VALUE."""
+
+    name = "setting"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
+        if isinstance(value, tuple):
+            return value
+        name, sign, found = str(value).partition("=")
+        if not sign or not name or not found:
+            self.fail(f"'{value}' is not NAME=VALUE; write such as --set tp=2", param, ctx)
+        return name, found
+
+
 class Widths(click.ParamType[tuple[Fraction, ...]]):
     """Widths separated by commas, as exact ratios."""
 
@@ -163,4 +177,7 @@ search_options = _all(
     click.option("--precision", help="Precisions, separated by commas.  [default: the device's]"),
     click.option("--table", type=click.Path(path_type=Path), help="Latency table to use."),
     click.option("--measured-only", is_flag=True, help="Refuse estimates."),
+    click.option(
+        "--set", "settings", type=Setting(), multiple=True, metavar="NAME=VALUE", help="A setting of the engine's own."
+    ),
 )

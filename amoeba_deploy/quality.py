@@ -92,17 +92,40 @@ class Quality:
     def _measured(self) -> dict[tuple[str, Architecture | Shape], QualityRow]:
         return {(row.precision, self._subnet(row.shape)): row for row in self.rows}
 
-    def loss(self, shape: Shape, precision: str) -> QualityValue:
+    def _row_of(self, subnet: Architecture | None, precision: str) -> QualityRow | None:
+        """The measurement of a subnet of exactly some sizes."""
+        for (measured_in, own), row in self._measured.items():
+            if measured_in == precision and isinstance(own, Architecture) and _sizes(own) == _sizes(subnet):
+                return row
+        return None
+
+    def loss(self, shape: Shape, precision: str, subnet: Architecture | None = None) -> QualityValue:
         """The loss of a shape in a precision, and where the figure is from.
 
         Widths that keep the same numbers of heads and neurons are the same subnet and share its measurement.
+        ``subnet``: the sizes that the shape has for an engine with steps of its own; where nobody measured those, the
+        figure is that of the width that keeps as many parameters.
         """
         known = precision in self._points
         used = precision if known else REFERENCE_PRECISION
-        row = self._measured.get((used, self._subnet(shape)))
-        value = row.loss if row else over_shapes(self._points[used], shape.depth, float(shape.width))
+        own = self._subnet(shape)
+        other = subnet is not None and isinstance(own, Architecture) and _sizes(subnet) != _sizes(own)
+        row = self._measured.get((used, own)) if not other else self._row_of(subnet, used)
+        width = float(shape.width) if not other else _width_of(subnet, self.architecture)
+        value = row.loss if row else over_shapes(self._points[used], shape.depth, width)
         source = (MEASURED if row else INTERPOLATED) if known else UNMEASURED_PRECISION
         return QualityValue("loss", value, source)
+
+
+def _sizes(subnet: Architecture | None) -> tuple[int, int, int] | None:
+    """What a uniform shape decides: blocks, key/value heads and neurons."""
+    return None if subnet is None else (subnet.depth, subnet.kv_heads, subnet.neurons)
+
+
+def _width_of(subnet: Architecture | None, full: Architecture) -> float:
+    """The share of a block's matrices that a subnet keeps: the width at which each of them is cut alike."""
+    assert subnet is not None
+    return subnet.block_matrix_parameters / full.block_matrix_parameters
 
 
 def grid(

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from amoeba_deploy.architecture import Architecture
 from amoeba_deploy.backends import load_backend
-from amoeba_deploy.backends.backend import Engine, Ids
+from amoeba_deploy.backends.backend import Engine, Ids, options_for
 from amoeba_deploy.checkpoint import Checkpoint
 from amoeba_deploy.evaluation import (
     SEQUENCE,
@@ -57,7 +57,7 @@ def measured_precisions(sizes: Architecture, say: Callable[[str], None] = lambda
         backend = load_backend(flow)
         if backend.toolchain().missing:
             continue
-        refused = backend.refusal(sizes, precision, sizes.context)
+        refused = backend.refusal(sizes, precision, options_for(backend, sizes.context))
         if refused:
             say(f"no quality is measured in {precision}: the flow '{flow}' cannot lower this model, {refused}")
         else:
@@ -78,7 +78,7 @@ def shape_logits(
         return torch_logits(model.to(device))
     artefact.mkdir()
     backend = load_backend(PRECISION_FLOWS[precision])
-    lower_plan(checkpoint, plan, backend, precision, context, artefact, dense)
+    lower_plan(checkpoint, plan, backend, precision, options_for(backend, context), artefact, dense)
     return engine_logits(backend.open(artefact, precision))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from amoeba_deploy.architecture import Architecture
-from amoeba_deploy.backends.takes import takes_of
+from amoeba_deploy.backends import takes_of
 from amoeba_deploy.checkpoint import Checkpoint
 from amoeba_deploy.errors import BadInput, LatencyUnknown
 from amoeba_deploy.export import Export, Order, Phases, export
@@ -20,7 +20,7 @@ from amoeba_deploy.families import read_architecture
 from amoeba_deploy.files import sha256_of
 from amoeba_deploy.model_folder import read_config
 from amoeba_deploy.options import comma_list
-from amoeba_deploy.plan import NEURON_MULTIPLE, Plan, Steps, sized, subnet_widths
+from amoeba_deploy.plan import NEURON_MULTIPLE, BlockPlan, Plan, Steps, sized, subnet_widths
 from amoeba_deploy.profiles.device import LOCAL, load_device
 from amoeba_deploy.profiles.local import table_with
 from amoeba_deploy.profiles.prediction import Metric, Prediction
@@ -64,6 +64,37 @@ class Space:
         parts = [padded] if alike or checkpoint is None else checkpoint.parts(shape, steps)
         return SubnetSizes.of(padded, parts, checkpoint is not None and checkpoint.compensates(shape))
 
+    def plan(self, shape: str, flow: str, precision: str) -> Plan:
+        """The plan of ``--shape`` in sizes that an engine takes.
+
+        Raises:
+            BadInput: the shape is none of the checkpoint's, or a plan file keeps what the engine does not take.
+        """
+        checkpoint = self.checkpoint
+        if checkpoint is None:
+            raise BadInput(f"{shape}: a config has no plans; give a checkpoint")
+        plan = checkpoint.plan_of(shape, self.steps(flow, precision))
+        if not plan.whole_blocks:
+            raise BadInput(
+                f"{shape}: keeps blocks without their attention or feed-forward, of which no latency is known; "
+                f"extract it, or keep whole blocks"
+            )
+        takes = takes_of(flow)
+        for block in plan.blocks:
+            refused = takes.count_refusal(self.architecture, len(block.heads), len(block.neurons), precision)
+            if refused:
+                nearest = self._nearest(block, flow, precision)
+                raise BadInput(
+                    f"{shape} cannot be lowered to {flow} {precision}: {refused}; the nearest that it takes is "
+                    f"{nearest[0]} key/value heads and {nearest[1]} neurons"
+                )
+        return plan
+
+    def _nearest(self, block: BlockPlan, flow: str, precision: str) -> tuple[int, int]:
+        full = self.architecture
+        ratios = Fraction(len(block.kv_heads), full.kv_heads), Fraction(len(block.neurons), full.neurons)
+        return self.steps(flow, precision).kept(full, *ratios)
+
     def steps(self, flow: str, precision: str) -> Steps:
         """The numbers of heads and neurons that an engine takes."""
         compensated = self.checkpoint is not None and self.checkpoint.bias
@@ -99,7 +130,7 @@ class Request:
     table: Table | None
     table_digest: str | None
     measured_only: bool
-    plan: Plan | None
+    shape: str | None
     progress: Progress
     phases: Phases = field(default_factory=Phases)
 
@@ -118,16 +149,16 @@ class Request:
             workload = Workload(asked["batch"], asked["prompt"], asked["tokens"])
             context = workload.context_for(space.architecture.context, asked["context"])
             target = resolve_target(
-                device, comma_list(asked["flow"]), comma_list(asked["precision"]), workload, context
+                device,
+                comma_list(asked["flow"]),
+                comma_list(asked["precision"]),
+                workload,
+                context,
+                dict(asked.get("settings") or ()),
             )
-            plan = None
             if shape is not None and space.checkpoint is not None:
-                plan = space.checkpoint.plan_of(shape)
-                if not plan.whole_blocks:
-                    raise BadInput(
-                        f"{shape}: keeps blocks without their attention or feed-forward, of which no latency is known; "
-                        f"extract it, or keep whole blocks"
-                    )
+                for flow, precision in target.pairs:
+                    space.plan(shape, flow, precision)
         file: Path | None = asked["table"]
         if file is None and device.name == LOCAL:
             with phases.phase("profile"):
@@ -143,11 +174,15 @@ class Request:
         memory = min(visible, int(asked["memory"])) if asked["memory"] else visible
         budget = Budget(asked["metric"], asked["latency"], memory)
         digest = "sha256:" + sha256_of(file) if file is not None and file.is_file() else None
-        return cls(space, target, budget, table, digest, bool(asked["measured_only"]), plan, progress, phases)
+        return cls(space, target, budget, table, digest, bool(asked["measured_only"]), shape, progress, phases)
+
+    def plan(self, flow: str, precision: str) -> Plan | None:
+        """The plan that was asked for by ``--shape``, in sizes that an engine takes; None where none was."""
+        return None if self.shape is None else self.space.plan(self.shape, flow, precision)
 
     def _choices(self, flow: str, precision: str) -> Choices:
         """The shapes to consider in a flow and precision, with their sizes."""
-        space, plan = self.space, self.plan
+        space, plan = self.space, self.plan(flow, precision)
         steps = space.steps(flow, precision)
 
         @cache
@@ -163,7 +198,10 @@ class Request:
     def answer(self) -> Answer:
         """Search, or judge the shape that was asked for."""
         began = time.perf_counter()
-        quality = self.space.quality if self.plan is None else _quality_of(self.plan, self.space)
+        quality = self.space.quality
+        if self.shape is not None:
+            plans = [self.plan(flow, precision) for flow, precision in self.target.pairs]
+            quality = quality if all(_is_own(plan, self.shape, self.space) for plan in plans) else None
         result, remarks = search_target(
             self.target, self.space.architecture, self._choices, quality, self.budget, self.table, self.measured_only
         )
@@ -172,11 +210,11 @@ class Request:
         return answer
 
 
-def _quality_of(plan: Plan, space: Space) -> Quality | None:
-    """The checkpoint's quality where a plan is one of its own shapes; a plan by hand has none."""
-    if space.checkpoint is None or space.quality is None:
-        return None
-    return space.quality if space.checkpoint.owns(plan) else None
+def _is_own(plan: Plan | None, shape: str, space: Space) -> bool:
+    """Whether a plan is one of the checkpoint's own shapes, whose quality is known; a plan by hand has none."""
+    if plan is None or space.checkpoint is None:
+        return False
+    return not shape.endswith(".json") or space.checkpoint.owns(plan)
 
 
 def _local_table(space: Space, target: Target, progress: Progress) -> Table:
@@ -251,26 +289,49 @@ class ExportAnswer:
             "bytes": self.export.bytes,
             "verified": self.export.verified_json(),
             "seconds": self.seconds,
+            "cannot_run": self.export.cannot_run,
+            "notes": list(self.export.artefact.notes),
+            "steps": [step.to_json() for step in self.export.artefact.steps],
         }
 
 
 def export_answer(
-    checkpoint: Checkpoint, request: Request, output: Path | None, *, force: bool, verify: bool
+    checkpoint: Checkpoint,
+    request: Request,
+    output: Path | None,
+    *,
+    force: bool,
+    verify: bool,
+    text: Path | None = None,
 ) -> ExportAnswer:
     """Answer a request and build its bundle."""
     answer = request.answer()
     best, device = answer.best, request.target.device
-    plan = request.plan or checkpoint.plan(best.shape, request.space.steps(best.flow, best.precision))
+    plan = request.plan(best.flow, best.precision)
+    plan = plan or checkpoint.plan(best.shape, request.space.steps(best.flow, best.precision))
     target = output or Path(f"{device.name}-{best.flow}-{best.precision}-{_folder_name(best.shape)}")
     facts = {
         key: value for key, value in answer.facts().items() if key not in ("flow", "precision", "workload", "shape")
     }
     facts |= {"table": request.table_digest}
     order = Order(
-        plan, best.flow, best.precision, request.target.workload, request.target.context, device.name == LOCAL, facts
+        plan,
+        best.flow,
+        best.precision,
+        request.target.workload,
+        request.target.options(best.flow),
+        device.name == LOCAL,
+        facts,
     )
     done = export(
-        checkpoint, order, target, force=force, verify=verify, phases=request.phases, progress=request.progress
+        checkpoint,
+        order,
+        target,
+        force=force,
+        verify=verify,
+        text=text,
+        phases=request.phases,
+        progress=request.progress,
     )
     return ExportAnswer(answer, done, request.phases.seconds)
 

@@ -151,7 +151,7 @@ def candidates(
     for shape in shapes:
         sizes = sized(shape)
         if quality is not None:
-            value = quality.loss(shape, precision)
+            value = quality.loss(shape, precision, sizes.mean)
         else:
             value = QualityValue("parameters_kept", sizes.kept / whole, "counted")
         found.append(Candidate(shape, flow, precision, predict(shape), value, built(shape).weight_bytes(storage)))

@@ -10,7 +10,7 @@ from typing import Any
 
 from amoeba_deploy.backends import load_backend
 from amoeba_deploy.backends.backend import Engine
-from amoeba_deploy.bundle import ENGINE, MANIFEST, read_manifest
+from amoeba_deploy.bundle import ENGINE, MANIFEST, open_engine, read_manifest
 from amoeba_deploy.checkpoint import Checkpoint
 from amoeba_deploy.errors import BadInput
 from amoeba_deploy.evaluation import read_questions, task_accuracy, text_loss, text_rows
@@ -41,14 +41,20 @@ def open_subject(path: Path) -> Subject:
     if (path / MANIFEST).is_file():
         manifest = read_manifest(path)
         flow, precision, folder = manifest["flow"], manifest["precision"], path / ENGINE
-        context = int(manifest.get("context", read_architecture(read_config(folder)).context))
-    elif (path / "config.json").is_file():
+        context = int(manifest.get("context") or read_architecture(read_config(folder)).context)
+        return Subject(open_engine(path, manifest), text_folder(path, folder), flow, precision, context)
+    if (path / "config.json").is_file():
         model = ModelFolder(path)
         model.check_shapes()
         flow, precision, folder, context = "torch", "fp32", path, model.architecture.context
     else:
         raise BadInput(f"{path}: is neither a bundle nor a model folder")
     return Subject(load_backend(flow).open(folder, precision), folder, flow, precision, context)
+
+
+def text_folder(bundle: Path, engine: Path) -> Path:
+    """Where a bundle's tokenizer, config and generation settings lie: beside the manifest, or with the engine."""
+    return bundle if (bundle / "tokenizer.json").is_file() and (bundle / "config.json").is_file() else engine
 
 
 def subjects(

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from amoeba_deploy import families
-from amoeba_deploy.backends.takes import Takes, takes_of
+from amoeba_deploy.backends import load_backend, takes_of
+from amoeba_deploy.backends.takes import Takes
 from amoeba_deploy.checkpoint import Checkpoint
 from amoeba_deploy.errors import BadInput
 from amoeba_deploy.evaluation import SEQUENCE, file_digest, text_loss, text_rows, torch_logits
@@ -26,7 +27,6 @@ from amoeba_deploy.extraction.folder import (
     model_dtype,
     written_sizes,
 )
-from amoeba_deploy.extraction.native_layouts import native_blocks
 from amoeba_deploy.extraction.ragged import BlockSizes, Layout
 from amoeba_deploy.files import whole_folder
 from amoeba_deploy.model_folder import load_torch_model
@@ -89,7 +89,7 @@ class Subnet:
             option = "--policy" if wishes.policy else "--multiple"
             raise BadInput(f"{wishes.shape}: says itself what every block keeps; leave out {option}")
         if self.takes is not None and wishes.precision is not None:
-            self.takes.check_precision(wishes.precision)
+            self.takes.check_precision(self.precision)
         self.bias = checkpoint.bias if wishes.bias is None else wishes.bias
         self.ragged = wishes.layout == "ragged"
         self.plan: Plan = checkpoint.plan_of(wishes.shape, self._steps(), wishes.policy)
@@ -108,7 +108,8 @@ class Subnet:
     @property
     def precision(self) -> str:
         """The engine's precision; empty where none was named, which stands for the strictest rules."""
-        return self.wishes.precision or ""
+        named = self.wishes.precision or ""
+        return self.takes.own_name(named) if self.takes else named
 
     def _steps(self) -> Steps:
         if self.checkpoint.selection.masks is not None and self.wishes.multiple is not None:
@@ -236,7 +237,8 @@ class Subnet:
         """The sizes that an engine with a way of its own to say that blocks differ wants them padded to."""
         if self.takes is None or not self.ragged:
             return None
-        return native_blocks(self.takes.flow, self.plan, self.checkpoint.architecture, self._steps().multiple)
+        backend = load_backend(self.takes.flow)
+        return backend.block_sizes(self.plan, self.checkpoint.architecture, self._steps().multiple)
 
     def _facts(self, text: Path | None) -> dict[str, Any]:
         wishes = self.wishes

@@ -6,16 +6,16 @@ lower is taken, and it is said why earlier ones were passed over.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 from amoeba_deploy import families
 from amoeba_deploy.architecture import Architecture
 from amoeba_deploy.backends import flow_names, load_backend
-from amoeba_deploy.backends.backend import Backend, check_precision
+from amoeba_deploy.backends.backend import Backend, BuildOptions, check_precision, options_for, require_toolchain
 from amoeba_deploy.errors import AmoebaError, BadInput, LatencyUnknown, ToolchainMissing
-from amoeba_deploy.profiles.device import Device
+from amoeba_deploy.profiles.device import LOCAL, Device
 from amoeba_deploy.profiles.prediction import Prediction
 from amoeba_deploy.profiles.roofline import estimate
 from amoeba_deploy.profiles.table import Table
@@ -37,15 +37,19 @@ class Target:
     workload: Workload
     context: int
     remarks: tuple[str, ...]
+    settings: Mapping[str, str] = field(default_factory=dict)
+    """Of the engine, as the user gave them; only where a single flow is considered."""
+
+    def options(self, flow: str) -> BuildOptions:
+        """What an engine of a flow is built with; raises BadInput where it has no such settings."""
+        chip = None if self.device.name == LOCAL else self.device.architecture
+        return options_for(load_backend(flow), self.context, self.workload.batch, chip, self.settings)
 
 
 def ready_backend(flow: str) -> Backend:
     """The backend of a flow with its toolchain installed; raises ToolchainMissing with how to get it otherwise."""
     backend = load_backend(flow)
-    toolchain = backend.toolchain()
-    if toolchain.missing:
-        names = ", ".join(toolchain.missing)
-        raise ToolchainMissing(f"the flow '{flow}' needs {names}, which is not installed; run {toolchain.install}")
+    require_toolchain(backend)
     return backend
 
 
@@ -55,7 +59,7 @@ def _first_ready(device: Device, precisions: Sequence[str]) -> tuple[list[tuple[
     for preference in device.flows:
         try:
             backend = ready_backend(preference.flow)
-            wanted = precisions or [preference.precision]
+            wanted = [backend.takes.own_name(p) for p in precisions or [preference.precision]]
             for precision in wanted:
                 check_precision(backend, precision)
         except AmoebaError as error:
@@ -63,7 +67,7 @@ def _first_ready(device: Device, precisions: Sequence[str]) -> tuple[list[tuple[
             continue
         return [(preference.flow, precision) for precision in wanted], remarks
     listed = ", ".join(f"{p.flow} {p.precision}" for p in device.flows)
-    if precisions and not any(p in load_backend(f).precisions() for f in flow_names() for p in precisions):
+    if precisions and not any(_has(load_backend(f), p) for f in flow_names() for p in precisions):
         known = sorted({p for flow in flow_names() for p in load_backend(flow).precisions()})
         raise BadInput(
             f"no flow of this installation has the precision {', '.join(precisions)}; known are {', '.join(known)}"
@@ -71,8 +75,17 @@ def _first_ready(device: Device, precisions: Sequence[str]) -> tuple[list[tuple[
     raise ToolchainMissing(f"nothing that '{device.name}' lists can be lowered here ({listed}); {remarks[0]}")
 
 
+def _has(backend: Backend, precision: str) -> bool:
+    return backend.takes.own_name(precision) in backend.precisions()
+
+
 def resolve_target(
-    device: Device, flows: Sequence[str], precisions: Sequence[str], workload: Workload, context: int
+    device: Device,
+    flows: Sequence[str],
+    precisions: Sequence[str],
+    workload: Workload,
+    context: int,
+    settings: Mapping[str, str] | None = None,
 ) -> Target:
     """The (flow, precision) pairs to search over.
 
@@ -82,19 +95,29 @@ def resolve_target(
     """
     if not flows:
         first, remarks = _first_ready(device, precisions)
-        return Target(device, tuple(first), workload, context, tuple(remarks))
+        return _checked(Target(device, tuple(first), workload, context, tuple(remarks), dict(settings or {})))
     pairs: list[tuple[str, str]] = []
     for flow in flows:
         backend = ready_backend(flow)
-        preferred = [p.precision for p in device.flows if p.flow == flow and p.precision in backend.precisions()]
-        wanted = [p for p in precisions if p in backend.precisions()]
+        own = backend.takes.own_name
+        preferred = [own(p.precision) for p in device.flows if p.flow == flow and _has(backend, p.precision)]
+        wanted = [own(p) for p in precisions if _has(backend, p)]
         if precisions and not wanted:
-            check_precision(backend, precisions[0])
+            check_precision(backend, own(precisions[0]))
         pairs += [(flow, p) for p in wanted or preferred[:1] or backend.precisions()[:1]]
-    unknown = set(precisions) - {precision for _, precision in pairs}
+    unknown = {p for p in precisions if not any(_has(load_backend(flow), p) for flow in flows)}
     if unknown:
         raise BadInput(f"none of the flows {', '.join(flows)} has the precision {', '.join(sorted(unknown))}")
-    return Target(device, tuple(dict.fromkeys(pairs)), workload, context, ())
+    return _checked(Target(device, tuple(dict.fromkeys(pairs)), workload, context, (), dict(settings or {})))
+
+
+def _checked(target: Target) -> Target:
+    flows = list(dict.fromkeys(flow for flow, _ in target.pairs))
+    if target.settings and len(flows) > 1:
+        raise BadInput(f"--set is of one engine, and {', '.join(flows)} are considered; name one with --flow")
+    for flow in flows:
+        target.options(flow)
+    return target
 
 
 def ranked_pairs(target: Target, quality: Quality | None) -> tuple[tuple[tuple[str, str], ...], list[str]]:
@@ -163,7 +186,7 @@ def search_target(
     found: list[Candidate] = []
     refusals: list[str] = []
     for flow, precision in pairs:
-        backend = load_backend(flow)
+        backend, options = load_backend(flow), target.options(flow)
         shapes, own_sizes = choices(flow, precision)
         sizes_of = partial(_built_sizes, own_sizes, "ragged" in backend.layouts())
         predict = predictor(target, sizes_of, architecture.digest, flow, precision, table)
@@ -173,7 +196,7 @@ def search_target(
         legal = []
         for shape in shapes:
             subnet = sizes_of(shape).padded
-            refused = families.refusal(subnet) or backend.refusal(subnet, precision, target.context)
+            refused = families.refusal(subnet) or backend.refusal(subnet, precision, options)
             refusals += [f"{shape} cannot be lowered to {flow} {precision}: {refused}"] if refused else []
             legal += [] if refused else [shape]
         found += candidates(

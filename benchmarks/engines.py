@@ -17,7 +17,7 @@ import numpy as np
 
 from amoeba_deploy.architecture import Architecture
 from amoeba_deploy.backends import load_backend
-from amoeba_deploy.backends.backend import Engine
+from amoeba_deploy.backends.backend import Engine, options_for
 from amoeba_deploy.extraction.folder import extract
 from amoeba_deploy.model_folder import ModelFolder
 from amoeba_deploy.plan import Plan, block_plan
@@ -58,7 +58,7 @@ def build(model: ModelFolder, flow: str, precision: str, folder: Path, threads: 
     output.mkdir(exist_ok=True, parents=True)
     before = {file: file.stat().st_size for file in output.iterdir()}
     began = time.perf_counter()
-    backend.lower(model, output, precision, CONTEXT)
+    backend.lower(model, output, precision, options_for(backend, CONTEXT))
     spent = time.perf_counter() - began
     added = sum(file.stat().st_size - before.get(file, 0) for file in output.iterdir())
     print(f"  {flow} {precision}: lowered in {spent:.3f} s, {added / 1e6:.3f} MB written")

@@ -23,6 +23,7 @@ from conftest import BASE, MODELS, keep_layers, random_selection, save_random_mo
 from transformers import AutoModelForCausalLM
 
 from amoeba_deploy.backends import load_backend
+from amoeba_deploy.backends.backend import BuildOptions
 from amoeba_deploy.errors import BadInput
 from amoeba_deploy.extraction.folder import extract
 from amoeba_deploy.families import families, family_of, read_architecture
@@ -287,8 +288,8 @@ def test_a_long_rope_is_spelled_as_transformers_4_takes_it(
 
 def test_a_cache_across_the_limit_of_a_long_rope_is_refused(models: Callable[[str], ModelFolder]) -> None:
     sizes = models("phi3-long").architecture
-    assert load_backend("torch").refusal(sizes, "fp32", 22) is None
-    assert "ask for --context 22 or less" in str(load_backend("torch").refusal(sizes, "fp32", 23))
+    assert load_backend("torch").refusal(sizes, "fp32", BuildOptions(22)) is None
+    assert "ask for --context 22 or less" in str(load_backend("torch").refusal(sizes, "fp32", BuildOptions(23)))
 
 
 def test_a_factor_beside_the_rotary_settings_is_read_as_one_among_them() -> None:

@@ -202,8 +202,9 @@ def test_profiling_fills_a_table_of_this_machine(demo: Checkpoint) -> None:
 def test_peak_memory_is_that_of_the_engines_own_process(demo: Checkpoint, tmp_path: Path) -> None:
     """A parent that has once been large does not show in its child's figure."""
     from amoeba_deploy.backends import load_backend
+    from amoeba_deploy.backends.backend import BuildOptions
 
-    load_backend("onnx").lower(demo.model, tmp_path, "int4", 64)
+    load_backend("onnx").lower(demo.model, tmp_path, "int4", BuildOptions(64))
     ballast = np.ones(10**8)
     found = peak_memory("onnx", "int4", tmp_path, 1024, Workload(1, 8, 4))
     assert 10**7 < found < ballast.nbytes

@@ -17,7 +17,7 @@ import pytest
 from conftest import MODELS, random_selection, save_random_model
 
 from amoeba_deploy.backends import load_backend
-from amoeba_deploy.backends.backend import Engine, Ids
+from amoeba_deploy.backends.backend import Engine, Ids, options_for
 from amoeba_deploy.block_quantisation import dequantise, quantise
 from amoeba_deploy.errors import BadInput, ToolchainMissing, VerificationFailed
 from amoeba_deploy.extraction.folder import extract
@@ -30,11 +30,12 @@ from amoeba_deploy.verification import verify_artefact
 
 ONNX = load_backend("onnx")
 CONTEXT = 128
+OPTIONS = options_for(ONNX, CONTEXT)
 
 
 def lowered(model: ModelFolder, folder: Path, precision: str = "fp32") -> Path:
     folder.mkdir(exist_ok=True)
-    ONNX.lower(model, folder, precision, CONTEXT)
+    ONNX.lower(model, folder, precision, OPTIONS)
     return folder
 
 
@@ -69,7 +70,7 @@ def test_what_the_graph_does_not_compute_is_refused_by_name(
     model = models(name)
     context = model.architecture.sliding_window or CONTEXT
     with pytest.raises(BadInput, match=f"its {REFUSED[name]} is not something that onnx computes"):
-        ONNX.lower(model, tmp_path, precision, context)
+        ONNX.lower(model, tmp_path, precision, options_for(ONNX, context))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -79,7 +80,7 @@ def test_every_part_of_a_family_that_is_beyond_the_graph_is_enough_to_refuse(
     for name in REFUSED:
         sizes = replace(models(name).architecture, sliding_window=None)
         for trait in set(sizes.traits) - {"constant scaling"}:
-            assert trait in str(ONNX.refusal(replace(sizes, traits=(trait,)), "fp32", CONTEXT))
+            assert trait in str(ONNX.refusal(replace(sizes, traits=(trait,)), "fp32", OPTIONS))
 
 
 def test_quality_is_measured_in_the_precisions_that_a_model_can_have(models: Callable[[str], ModelFolder]) -> None:
@@ -95,7 +96,7 @@ def test_quality_is_measured_in_the_precisions_that_a_model_can_have(models: Cal
 def test_smollm3_without_blocks_that_do_not_rotate_is_a_llama_to_the_graph(tmp_path: Path) -> None:
     model = save_random_model(tmp_path / "model", "smollm3", no_rope_layers=[1, 1, 1, 1], mlp_bias=True)
     artefact = lowered(model, tmp_path / "engine")
-    assert verify_artefact(ONNX, model, artefact, "fp32", CONTEXT).passed
+    assert verify_artefact(ONNX, model, artefact, "fp32", OPTIONS).passed
 
 
 @pytest.mark.parametrize("precision", ONNX.precisions())
@@ -104,7 +105,7 @@ def test_every_family_verifies_in_every_precision(
     name: str, precision: str, models: Callable[[str], ModelFolder], tmp_path: Path
 ) -> None:
     artefact = lowered(models(name), tmp_path / "engine", precision)
-    result = verify_artefact(ONNX, models(name), artefact, precision, CONTEXT)
+    result = verify_artefact(ONNX, models(name), artefact, precision, OPTIONS)
     assert result.passed
     assert precision == "fp32" or result.exact_logit_error is not None
 
@@ -157,7 +158,7 @@ def test_weights_of_another_dtype_cannot_be_used_in_place(models: Callable[[str]
     model = models("mistral")
     extract(model, random_selection(model).plan(model.architecture, Shape.parse("2x1")), tmp_path, dtype="bfloat16")
     with pytest.raises(BadInput, match="not float32"):
-        ONNX.lower(ModelFolder(tmp_path), tmp_path, "fp32", CONTEXT)
+        ONNX.lower(ModelFolder(tmp_path), tmp_path, "fp32", OPTIONS)
 
 
 @pytest.mark.parametrize(("precision", "bits"), [("int8", 9.0), ("int4", 5.0)])
@@ -254,7 +255,7 @@ def test_a_planted_mistake_is_caught(
     artefact = lowered(model, tmp_path / "engine", precision)
     PLANTED[mistake](artefact)
     with pytest.raises(VerificationFailed, match="differ from the reference"):
-        verify_artefact(ONNX, model, artefact, precision, CONTEXT)
+        verify_artefact(ONNX, model, artefact, precision, OPTIONS)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int4"])
@@ -282,7 +283,7 @@ def test_exchanged_matrices_are_caught(
         _read_other_weights(right / "model.onnx", wrong / "weights.int4.safetensors")
         wrong = right
     with pytest.raises(VerificationFailed):
-        verify_artefact(ONNX, model, wrong, precision, CONTEXT)
+        verify_artefact(ONNX, model, wrong, precision, OPTIONS)
 
 
 def _read_other_weights(graph: Path, file: Path) -> None:
@@ -310,15 +311,15 @@ def test_what_it_would_get_wrong_is_refused(
     model = save_random_model(tmp_path / "model", str(settings.pop("family", "llama")), **settings)
     (tmp_path / "engine").mkdir()
     with pytest.raises(BadInput, match=reason):
-        ONNX.lower(model, tmp_path / "engine", precision, context)
+        ONNX.lower(model, tmp_path / "engine", precision, options_for(ONNX, context))
     assert not list((tmp_path / "engine").iterdir())
 
 
 def test_a_context_within_the_sliding_window_is_exact(tmp_path: Path) -> None:
     model = save_random_model(tmp_path / "model", "mistral", sliding_window=64)
-    assert ONNX.refusal(model.architecture, "fp32", 64) is None
+    assert ONNX.refusal(model.architecture, "fp32", options_for(ONNX, 64)) is None
     (tmp_path / "engine").mkdir()
-    ONNX.lower(model, tmp_path / "engine", "fp32", 64)
+    ONNX.lower(model, tmp_path / "engine", "fp32", options_for(ONNX, 64))
     ids = np.random.default_rng(3).integers(0, 128, (1, 64))
     wanted = fed(load_backend("torch").open(model.path, "fp32"), ids, 64)
     assert np.abs(fed(ONNX.open(tmp_path / "engine", "fp32"), ids, 30) - wanted).max() < 1e-4
@@ -329,7 +330,7 @@ def test_a_missing_toolchain_says_what_to_install(
 ) -> None:
     monkeypatch.setattr("amoeba_deploy.backends.onnx._PACKAGES", ("onnx", "no-such-package"))
     with pytest.raises(ToolchainMissing, match=r"no-such-package.*pip install 'amoeba-deploy\[onnx\]'"):
-        ONNX.lower(models("mistral"), tmp_path, "fp32", CONTEXT)
+        ONNX.lower(models("mistral"), tmp_path, "fp32", OPTIONS)
 
 
 def with_tokenizer(folder: Path) -> None:

@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaFo
 from amoeba_deploy import families
 from amoeba_deploy.architecture import Architecture
 from amoeba_deploy.backends import load_backend
+from amoeba_deploy.backends.backend import BuildOptions
 from amoeba_deploy.checkpoint import Checkpoint, create_checkpoint
 from amoeba_deploy.errors import BadInput, LatencyUnknown
 from amoeba_deploy.extraction.compensation import block_biases
@@ -441,14 +442,14 @@ def test_onnx_takes_missing_sublayers_and_biases(
     ragged(model, PLANS[plan_name](model.architecture), tmp_path, learnt=biased(model) if bias else NOTHING)
     subnet, engine = ModelFolder(tmp_path), tmp_path / "engine"
     engine.mkdir()
-    ONNX.lower(subnet, engine, precision, 128)
-    assert verify_artefact(ONNX, subnet, engine, precision, 128).passed
+    ONNX.lower(subnet, engine, precision, BuildOptions(128))
+    assert verify_artefact(ONNX, subnet, engine, precision, BuildOptions(128)).passed
 
 
 def test_onnx_agrees_with_transformers_in_batches_and_pieces(models: Models, tmp_path: Path) -> None:
     model = models("llama-grouped-tied")
     ragged(model, gappy_plan(model.architecture), tmp_path)
-    ONNX.lower(ModelFolder(tmp_path), tmp_path, "fp32", 128)
+    ONNX.lower(ModelFolder(tmp_path), tmp_path, "fp32", BuildOptions(128))
     ids = np.random.default_rng(3).integers(0, 128, (3, 40))
     wanted = fed(load_backend("torch").open(tmp_path, "fp32"), ids, 40)
     for first in (40, 17, 1):
@@ -461,7 +462,7 @@ def test_onnxruntime_genai_takes_layers_of_different_heads(plan_name: str, model
     model = models("llama-grouped-tied")
     ragged(model, PLANS[plan_name](model.architecture), tmp_path)
     with_tokenizer(tmp_path)
-    ONNX.lower(ModelFolder(tmp_path), tmp_path, "fp32", 128)
+    ONNX.lower(ModelFolder(tmp_path), tmp_path, "fp32", BuildOptions(128))
     prompt = [5, 40, 17, 99]
     wanted = greedy(load_torch_model(tmp_path), torch.tensor([prompt]))[0].tolist()
     assert genai_greedy(tmp_path, prompt, 20) == wanted
@@ -472,9 +473,9 @@ def test_torch_takes_a_ragged_folder(precision: str, models: Models, tmp_path: P
     model, backend = models("qwen3"), load_backend("torch")
     ragged(model, gappy_plan(model.architecture), tmp_path / "subnet")
     (tmp_path / "engine").mkdir()
-    backend.lower(ModelFolder(tmp_path / "subnet"), tmp_path / "engine", precision, 128)
+    backend.lower(ModelFolder(tmp_path / "subnet"), tmp_path / "engine", precision, BuildOptions(128))
     opened = ModelFolder(tmp_path / "engine")
-    assert verify_artefact(backend, opened, tmp_path / "engine", precision, 128).passed
+    assert verify_artefact(backend, opened, tmp_path / "engine", precision, BuildOptions(128)).passed
     assert opened.config["dtype"] == {"fp32": "float32", "bf16": "bfloat16"}[precision]
 
 
@@ -486,7 +487,9 @@ def test_a_backend_gets_the_layout_that_it_takes(
         output, work = tmp_path / name, tmp_path / f"{name}-work"
         output.mkdir()
         work.mkdir()
-        lower_plan(checkpoint, checkpoint.plan(Shape.parse("3x0.5", policy)), ONNX, "fp32", 64, output, work)
+        lower_plan(
+            checkpoint, checkpoint.plan(Shape.parse("3x0.5", policy)), ONNX, "fp32", BuildOptions(64), output, work
+        )
         return str(json.loads((output / "subnet.json").read_text())["layout"])
 
     assert lowered_to("both") == layout

@@ -13,6 +13,7 @@ from test_onnx import genai_greedy
 from transformers import AutoModelForCausalLM
 
 from amoeba_deploy.backends import load_backend
+from amoeba_deploy.backends.backend import BuildOptions
 from amoeba_deploy.model_folder import ModelFolder
 
 TEXT = SHARED / "data" / "tinystories" / "tiny_stories.txt"
@@ -81,5 +82,5 @@ def test_an_extraction_gives_equal_text_in_transformers_and_onnxruntime_genai(
     wanted = stock.generate(
         ids, attention_mask=torch.ones_like(ids), min_new_tokens=64, max_new_tokens=64, do_sample=False
     )
-    load_backend("onnx").lower(ModelFolder(folder), folder, "fp32", 512)
+    load_backend("onnx").lower(ModelFolder(folder), folder, "fp32", BuildOptions(512))
     assert genai_greedy(folder, prompt, 64) == wanted[0, len(prompt) :].tolist()

@@ -18,7 +18,7 @@ from test_compensation import logits_at_means
 from test_families import IDS, TOLERANCE, masked_logits, relative_error, stock_logits
 
 import amoeba_deploy
-from amoeba_deploy.backends.takes import takes_of
+from amoeba_deploy.backends import takes_of
 from amoeba_deploy.checkpoint import Checkpoint, create_checkpoint
 from amoeba_deploy.errors import BadInput
 from amoeba_deploy.extraction.folder import extract

@@ -1,25 +1,40 @@
-"""Backends: one module an engine, all behind the small interface of ``backends.backend``.
+"""Backends: one module or folder an engine, all behind the small interface of ``backends.backend``.
 
-To add one, write a module that defines ``BACKEND`` and name it in ``_MODULES``; docs/backends.md is the recipe.
+Every module here that is not part of the interface is an engine's: it defines ``BACKEND``, and its name with hyphens
+is the flow. Other packages add engines through the entry point group ``amoeba_deploy.backends``; docs/backends.md is
+the recipe for both.
 """
 
 from __future__ import annotations
 
 import difflib
+from functools import cache
 from importlib import import_module
-from typing import cast
+from importlib.metadata import EntryPoint, entry_points
+from pkgutil import iter_modules
 
 from amoeba_deploy.backends.backend import Backend
-from amoeba_deploy.errors import BadInput, ToolchainMissing
+from amoeba_deploy.backends.takes import Takes
+from amoeba_deploy.errors import AmoebaError, BadInput
 
-_MODULES = {"torch": "torch", "onnx": "onnx"}
-PLANNED_FLOWS = ("openvino", "executorch", "gguf", "mlc-llm", "tensorrt-llm")
-"""Flows that device files may name and that this version has no backend for."""
+GROUP = "amoeba_deploy.backends"
+_INTERFACE = {"backend", "takes", "conformance", "planned"}
+
+
+@cache
+def _own_modules() -> dict[str, str]:
+    names = [module.name for module in iter_modules(__path__) if module.name not in _INTERFACE]
+    return {name.replace("_", "-"): name for name in sorted(names)}
+
+
+def _others() -> dict[str, EntryPoint]:
+    """Engines of other packages; none replaces one of our own."""
+    return {point.name: point for point in entry_points(group=GROUP) if point.name not in _own_modules()}
 
 
 def flow_names() -> tuple[str, ...]:
-    """The flows that this version can lower to."""
-    return tuple(_MODULES)
+    """The flows that this installation can lower to."""
+    return (*_own_modules(), *sorted(_others()))
 
 
 def load_backend(flow: str) -> Backend:
@@ -27,14 +42,33 @@ def load_backend(flow: str) -> Backend:
 
     Raises:
         BadInput: no such flow is known.
-        ToolchainMissing: the flow is known, but this version has no backend for it.
+        AmoebaError: another package offers the flow, and what it offers cannot be loaded or is no backend.
     """
-    if flow in PLANNED_FLOWS:
-        raise ToolchainMissing(
-            f"this version of Amoeba has no backend for the flow '{flow}'; it lowers to {', '.join(_MODULES)}"
-        )
-    if flow not in _MODULES:
-        close = difflib.get_close_matches(flow, _MODULES, 1)
+    module = _own_modules().get(flow)
+    if module is not None:
+        found = import_module(f"{__name__}.{module}").BACKEND
+        assert isinstance(found, Backend)
+        return found
+    point = _others().get(flow)
+    if point is None:
+        known = flow_names()
+        close = difflib.get_close_matches(flow, known, 1)
         hint = f"; did you mean '{close[0]}'?" if close else ""
-        raise BadInput(f"'{flow}' is not a flow; known are {', '.join(_MODULES)}{hint}")
-    return cast(Backend, import_module(f"{__name__}.{_MODULES[flow]}").BACKEND)
+        raise BadInput(f"'{flow}' is not a flow; known are {', '.join(known)}{hint}")
+    return _loaded(point)
+
+
+def takes_of(flow: str) -> Takes:
+    """Which subnets the engine of a flow takes; raises BadInput where none of that name is known."""
+    return load_backend(flow).takes
+
+
+def _loaded(point: EntryPoint) -> Backend:
+    package = point.dist.name if point.dist else point.value
+    try:
+        found = point.load()
+    except Exception as error:  # whatever another package's import raises
+        raise AmoebaError(f"the flow '{point.name}' of {package} cannot be loaded: {error!r:.200}") from None
+    if not isinstance(found, Backend) or found.flow != point.name:
+        raise AmoebaError(f"the flow '{point.name}' of {package} is no amoeba_deploy Backend of that name")
+    return found

@@ -6,33 +6,133 @@ opens the artefact as an engine that is fed token ids. Nothing outside a backend
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import difflib
+import shlex
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from amoeba_deploy.architecture import Architecture
-from amoeba_deploy.errors import BadInput
-from amoeba_deploy.extraction.ragged import Layout
+from amoeba_deploy.backends.takes import Takes
+from amoeba_deploy.errors import BadInput, ToolchainMissing
+from amoeba_deploy.extraction.ragged import BlockSizes, Layout
 from amoeba_deploy.model_folder import ModelFolder
+from amoeba_deploy.plan import Plan
 from amoeba_deploy.precision import StorageFormat
 
 Ids = NDArray[np.int64]
+Counts = NDArray[np.int64]
 
 EXACT_TOLERANCE = 1e-5
 """Of engines that compute in float32, as a share of the reference's largest logit: sums differ in their order only.
 The most seen over all families was 2e-6."""
+_ALLOWED_RISES = ((32, 1e-3), (16, 0.05), (8, 0.1), (0, 1.0))
+"""Bits a weight has at least, and how far perplexity may rise above the unquantised subnet's, as a share of it."""
 
 
 @dataclass(frozen=True)
 class Toolchain:
-    """Versions of an engine's packages as installed; ``missing`` are those that are not; ``install`` gets them."""
+    """Versions of an engine's packages as installed; ``missing`` are those that lowering lacks; ``install`` gets them.
+
+    What only running an engine lacks is told by ``Backend.cannot_run``.
+    """
 
     versions: dict[str, str]
     missing: tuple[str, ...]
     install: str
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A choice that is one engine's own: its value where none is given, what it does, and the values there are."""
+
+    default: str
+    help: str
+    choices: tuple[str, ...] = ()
+    """Empty: a whole number of at least 1."""
+
+    def check(self, flow: str, name: str, value: str) -> str:
+        """The value itself; raises BadInput where it is none of this setting's."""
+        whole = value.isascii() and value.isdigit() and int(value) >= 1
+        if value in self.choices or (not self.choices and whole):
+            return value
+        wanted = ", ".join(self.choices) or "a whole number of at least 1"
+        raise BadInput(f"the flow '{flow}' has no {name}={value}; it takes {wanted}")
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What an engine is built for: positions, sequences at once, the device's chip, and the engine's own settings."""
+
+    context: int
+    batch: int = 1
+    chip: str | None = None
+    """The architecture of the device as its file spells it, such as ``sm_87``; None for this machine."""
+    settings: Mapping[str, str] = field(default_factory=dict)
+    """Every setting of the engine by its name; made complete by ``options_for``."""
+
+    def number(self, name: str) -> int:
+        """A setting that is a whole number."""
+        return int(self.settings[name])
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command that is still to be run on the device, in the bundle's folder, and what must be installed there."""
+
+    does: str
+    command: tuple[str, ...]
+    needs: str = ""
+
+    def to_json(self) -> dict[str, str]:
+        """The entry in a manifest's ``steps``."""
+        return {"does": self.does, "command": shlex.join(self.command), "needs": self.needs}
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """What lowering wrote: steps to finish it on the device, notes for the user, and facts for the manifest."""
+
+    folder: Path
+    precision: str
+    steps: tuple[Step, ...] = ()
+    notes: tuple[str, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """JSON values that follow from the build alone: no times, no paths of this machine."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a built engine is valid for: it runs where all of this holds."""
+
+    precision: str
+    batch: int
+    context: int
+    versions: Mapping[str, str]
+    """Versions of the packages that it was built with."""
+    bound: tuple[str, ...] = ()
+    """Those of them that must be the same to run it."""
+    chip: str | None = None
+    """The architecture that its code is for; None where it is for any."""
+    more: Mapping[str, str] = field(default_factory=dict)
+    """Whatever else binds it, such as JetPack's version."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The manifest's ``identity``."""
+        return {
+            "precision": self.precision,
+            "batch": self.batch,
+            "context": self.context,
+            "versions": dict(self.versions),
+            "bound": list(self.bound),
+            "chip": self.chip,
+            **({"more": dict(self.more)} if self.more else {}),
+        }
 
 
 class Engine(Protocol):
@@ -41,79 +141,166 @@ class Engine(Protocol):
     def reset(self) -> None:
         """Forget everything fed so far."""
 
-    def feed(self, ids: Ids) -> NDArray[np.float32]:
-        """Logits [batch, n, vocabulary] in float32 for new ids [batch, n]; the batch stays the same until a reset."""
-        ...
+    def feed(self, ids: Ids, lengths: Counts | None = None) -> NDArray[np.float32]:
+        """Logits [batch, n, vocabulary] in float32 for new ids [batch, n]; the batch stays the same until a reset.
 
-
-class Backend(Protocol):
-    """What Amoeba asks of an engine family."""
-
-    flow: str
-
-    def precisions(self) -> tuple[str, ...]:
-        """The precisions that it lowers to, best quality first."""
-        ...
-
-    def layouts(self) -> tuple[Layout, ...]:
-        """The layouts of a subnet that it lowers: ``uniform``, and ``ragged`` where blocks may differ in size."""
-        ...
-
-    def storage(self, precision: str) -> StorageFormat:
-        """How a precision stores weights and cache."""
-        ...
-
-    def toolchain(self) -> Toolchain:
-        """What of its toolchain is installed; nothing is imported."""
-        ...
-
-    def refusal(self, subnet: Architecture, precision: str, context: int) -> str | None:
-        """Why it cannot lower this subnet, as half a sentence, or None. Asked before any work is done."""
-        ...
-
-    def weight_dtype(self, precision: str) -> str | None:
-        """The dtype of the folder that it can use in place as an artefact, or None where it stores weights its way."""
-        ...
-
-    def tolerance(self, precision: str) -> float:
-        """The largest logit difference from the reference that passes, as a share of the reference's largest logit."""
-        ...
-
-    def lower(self, model: ModelFolder, output: Path, precision: str, context: int) -> None:
-        """Write the artefact of a dense subnet into ``output``, which may be the model's own folder.
-
-        In the model's own folder the weights are used in place, and must be of ``weight_dtype``.
+        Rows of different lengths are filled up on the right: ``lengths`` [batch] says how many ids of each row are
+        real (at least 1; all n where left out). What fills up is forgotten at once, and its logits mean nothing.
         """
         ...
 
-    def open(self, artefact: Path, precision: str, threads: int | None = None) -> Engine:
-        """The engine of an artefact, with so many threads (all cores where left out)."""
-        ...
+
+class Backend(ABC):
+    """What Amoeba asks of an engine family. What is not abstract has the answer of an engine without the matter."""
+
+    flow: ClassVar[str]
+    """The name that users write; its module's, with hyphens."""
+    takes: ClassVar[Takes]
+    """Which subnets it takes, as data."""
+    settings: ClassVar[Mapping[str, Setting]] = {}
+    """Choices that only this engine has."""
+
+    def precisions(self) -> tuple[str, ...]:
+        """The precisions that it lowers to, best quality first."""
+        return self.takes.precisions
+
+    def layouts(self) -> tuple[Layout, ...]:
+        """The layouts of a subnet that it lowers: ``uniform``, and ``ragged`` where blocks may differ in size."""
+        return ("uniform", "ragged") if self.takes.varying else ("uniform",)
+
+    def block_sizes(self, plan: Plan, architecture: Architecture, multiple: int) -> tuple[BlockSizes, ...] | None:
+        """The sizes that it wants a ragged plan's blocks padded to, neurons in multiples; None where it takes any."""
+        return None
+
+    @abstractmethod
+    def storage(self, precision: str) -> StorageFormat:
+        """How a precision stores weights and cache."""
+
+    @abstractmethod
+    def toolchain(self) -> Toolchain:
+        """What of its toolchain is installed; nothing is imported."""
+
+    def cannot_run(self, precision: str, options: BuildOptions) -> str | None:
+        """Why what it builds cannot run on this machine, as half a sentence, or None. Lowering may still work."""
+        return None
+
+    def identity(self, precision: str, options: BuildOptions) -> Identity:
+        """What an engine that is built now is valid for."""
+        return Identity(precision, options.batch, options.context, self.toolchain().versions)
+
+    def refusal(self, subnet: Architecture, precision: str, options: BuildOptions) -> str | None:
+        """Why it cannot lower this subnet, as half a sentence, or None. Asked before any work is done."""
+        return self.takes.refusal(subnet, precision)
+
+    def weight_dtype(self, precision: str) -> str | None:
+        """The dtype of the folder that it can use in place as an artefact, or None where it stores weights its way."""
+        return None
+
+    @abstractmethod
+    def tolerance(self, precision: str) -> float:
+        """The largest logit difference from the reference that passes, as a share of the reference's largest logit."""
+
+    def allowed_rise(self, precision: str) -> float:
+        """How far the perplexity of a right engine may be above the unquantised subnet's, as a share of that."""
+        bits = self.storage(precision).matrix_bits
+        return next(rise for least, rise in _ALLOWED_RISES if bits >= least)
+
+    @abstractmethod
+    def lower(self, model: ModelFolder, output: Path, precision: str, options: BuildOptions) -> Artefact:
+        """Write the artefact of a dense subnet into ``output``, which may be the model's own folder.
+
+        In the model's own folder the weights are used in place, and must be of ``weight_dtype``.
+
+        Raises:
+            BadInput: it refuses the subnet.
+            ToolchainMissing: a package or tool is not installed.
+        """
+
+    @abstractmethod
+    def open(
+        self, artefact: Path, precision: str, threads: int | None = None, *, context: int | None = None, batch: int = 1
+    ) -> Engine:
+        """The engine of an artefact.
+
+        Args:
+            artefact: the folder that ``lower`` filled.
+            precision: the one it was lowered in.
+            threads: how many compute; all cores where left out.
+            context: the most positions that will be fed; what it was built for where left out.
+            batch: the most sequences that will be fed at once.
+
+        Raises:
+            BadInput: the folder holds no such artefact, or a damaged one.
+            ToolchainMissing: it cannot run here.
+        """
 
     def open_exact(self, artefact: Path, precision: str) -> Engine | None:
         """The same graph and weights with all activations in float32; None where ``open`` already computes so.
 
         Verification holds it to ``EXACT_TOLERANCE``, so that the rounding of activations hides no mistake.
         """
-        ...
+        return None
 
-    def reference_folder(self, model: ModelFolder, artefact: Path, precision: str, output: Path) -> Path:
+    def reference_folder(self, model: ModelFolder, artefact: Path, precision: str, output: Path) -> Path | None:
         """A folder that transformers loads with the weights that the artefact really computes with.
 
-        The model's own where nothing was quantised; else ``output``, filled with dequantised weights.
+        The model's own where nothing was quantised; else ``output``, filled with dequantised weights. None where they
+        cannot be had: then the engine is held to its perplexity alone.
         """
-        ...
+        return model.path
 
 
 def check_precision(backend: Backend, precision: str) -> None:
     """Raise BadInput where a backend does not know a precision."""
-    if precision not in backend.precisions():
-        raise BadInput(
-            f"the flow '{backend.flow}' has no precision '{precision}'; it has {', '.join(backend.precisions())}"
+    backend.takes.check_precision(precision)
+
+
+def options_for(
+    backend: Backend,
+    context: int,
+    batch: int = 1,
+    chip: str | None = None,
+    settings: Mapping[str, str] | None = None,
+) -> BuildOptions:
+    """Complete options of a backend, its settings checked and the others at their defaults.
+
+    Raises:
+        BadInput: the engine has no such setting, or the setting no such value.
+    """
+    asked = dict(settings or {})
+    for name in asked:
+        if name not in backend.settings:
+            close = difflib.get_close_matches(name, backend.settings, 1)
+            known = f"it has {', '.join(backend.settings)}" if backend.settings else "it has none"
+            hint = f"; did you mean '{close[0]}'?" if close else ""
+            raise BadInput(f"the flow '{backend.flow}' has no setting '{name}'; {known}{hint}")
+    found = {
+        name: setting.check(backend.flow, name, asked.get(name, setting.default))
+        for name, setting in backend.settings.items()
+    }
+    return BuildOptions(context, batch, chip, found)
+
+
+def require_legal(backend: Backend, model: ModelFolder, precision: str, options: BuildOptions) -> None:
+    """What ``lower`` asks first: raises BadInput where a backend refuses a model, ToolchainMissing where it cannot."""
+    backend.takes.check_precision(precision)
+    refused = backend.refusal(model.architecture, precision, options)
+    if refused:
+        raise BadInput(f"the flow '{backend.flow}' cannot lower {model.path} in {precision}: {refused}")
+    require_toolchain(backend)
+
+
+def require_toolchain(backend: Backend) -> None:
+    """Raise ToolchainMissing, with how to get it, where something that lowering needs is not installed."""
+    toolchain = backend.toolchain()
+    if toolchain.missing:
+        names = ", ".join(toolchain.missing)
+        raise ToolchainMissing(
+            f"the flow '{backend.flow}' needs {names}, which is not installed; run {toolchain.install}"
         )
 
 
-def installed_versions(packages: tuple[str, ...]) -> tuple[dict[str, str], tuple[str, ...]]:
+def installed_versions(packages: Sequence[str]) -> tuple[dict[str, str], tuple[str, ...]]:
     """Versions of the packages that are installed, and the names of those that are not."""
     from importlib.metadata import PackageNotFoundError, version
 
@@ -124,3 +311,9 @@ def installed_versions(packages: tuple[str, ...]) -> tuple[dict[str, str], tuple
         except PackageNotFoundError:
             missing.append(package)
     return found, tuple(missing)
+
+
+def refuse_lengths(lengths: Counts | None, ids: Ids, flow: str) -> None:
+    """Raise BadInput where rows of different lengths are fed to an engine that takes only equal ones."""
+    if lengths is not None and bool((np.asarray(lengths) != ids.shape[1]).any()):
+        raise BadInput(f"the flow '{flow}' takes rows of one length only; feed them one by one")

@@ -1,10 +1,7 @@
-"""What each engine takes, as data: classes, sizes, biases, and whether blocks may differ.
+"""What an engine takes, as data: classes, sizes, biases, and whether blocks may differ.
 
-From it follow the numbers of heads and neurons that a subnet for an engine may keep, and why an engine refuses one. An
-engine is listed here from the day on which its rules are known, so that a subnet can be extracted for it; whether this
-version also lowers to it is another matter (backends/__init__.py). Rules were measured with ONNX Runtime 1.32,
-llama.cpp of July 2026 and MLC-LLM of July 2026, and read in the sources of TensorRT-LLM 1.2; docs/backends.md names
-each with its reason.
+From it follow the numbers of heads and neurons that a subnet for an engine may keep, and why an engine refuses one.
+Each backend states its own; docs/backends.md names every rule with its reason.
 """
 
 from __future__ import annotations
@@ -29,6 +26,9 @@ class Takes:
 
     flow: str
     precisions: tuple[str, ...]
+    """Best quality first."""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Common names of precisions that stand for one of its own, such as int4 for q4_k_m."""
     classes: frozenset[str] = frozenset()
     """Stock model types that it runs, as the subnet's config names them."""
     traits: frozenset[str] = frozenset()
@@ -88,10 +88,18 @@ class Takes:
             return f"a block keeps {channels} channels of heads, where {self.flow} takes multiples of {share}{said}"
         return None
 
+    def own_name(self, precision: str) -> str:
+        """The engine's own name of a precision, where a common one stands for it; else the name as it is."""
+        return self.aliases.get(precision, precision)
+
     def check_precision(self, precision: str) -> None:
         """Raise BadInput where the engine has no such precision."""
         if precision not in self.precisions:
-            raise BadInput(f"'{self.flow}' has no precision '{precision}'; it has {', '.join(self.precisions)}")
+            close = difflib.get_close_matches(precision, self.precisions, 1)
+            hint = f"; did you mean '{close[0]}'?" if close else ""
+            raise BadInput(
+                f"the flow '{self.flow}' has no precision '{precision}'; it has {', '.join(self.precisions)}{hint}"
+            )
 
     def _class_refusal(self, subnet: Architecture, held_by: str, compensated: bool) -> str:
         if not compensated:
@@ -130,64 +138,8 @@ def _of(multiples: Mapping[str, int], precision: str) -> int:
     return multiples.get(precision, multiples.get("", 1))
 
 
-_LLAMAS = frozenset({"llama", "mistral", "qwen2"})
-_KNOWN_ROPES = frozenset({"default", "linear", "llama3"})
-_EMITTED = {"traits": frozenset({"constant scaling"}), "ropes": _KNOWN_ROPES, "even_heads": True}
-_ANY_WIDTHS: frozenset[Varying] = frozenset({"kv_heads", "heads", "neurons"})
-
-_TAKES = (
-    Takes(
-        "torch", ("fp32", "bf16"), any_trait=True, varying=_ANY_WIDTHS | {"without_attention", "without_feed_forward"}
-    ),
-    Takes(
-        "onnx",
-        ("fp32", "int8", "int4"),
-        varying=_ANY_WIDTHS | {"without_attention", "without_feed_forward"},
-        hidden_multiple={"int8": 32, "int4": 32},
-        **_EMITTED,  # type: ignore[arg-type]
-    ),
-    Takes("openvino", ("fp32", "bf16", "int8", "int4"), varying=_ANY_WIDTHS, **_EMITTED),  # type: ignore[arg-type]
-    Takes("executorch", ("fp32", "int8", "int4"), any_trait=True),
-    # Quantised rows of another length are stored in wider types without a word; FFN width 0 drops the attention too.
-    Takes(
-        "gguf",
-        ("fp32", "fp16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "int8", "int4"),
-        classes=_LLAMAS,
-        ropes=_KNOWN_ROPES,
-        varying=_ANY_WIDTHS | {"without_attention"},
-        even_heads=True,
-        neuron_multiple={"fp32": 1, "fp16": 1, "bf16": 1, "q8_0": 32, "q4_0": 32, "int8": 32, "": 256},
-        query_multiple={"fp32": 1, "fp16": 1, "bf16": 1, "q8_0": 32, "q4_0": 32, "int8": 32, "": 256},
-        hidden_multiple={"q8_0": 32, "q4_0": 32, "int8": 32},
-    ),
-    Takes(
-        "mlc-llm",
-        ("q0f32", "q0f16", "q4f32_1", "q4f16_1", "q3f16_1", "fp32", "fp16", "int4"),
-        classes=_LLAMAS | {"qwen3"},
-        ropes=frozenset({"default", "llama3"}),
-        biases=False,
-        heads_divide=_LLAMAS,
-        even_heads=True,
-    ),
-    Takes(
-        "tensorrt-llm",
-        ("fp16", "bf16", "fp8", "w8a16", "w4a16", "int8", "int4"),
-        classes=_LLAMAS | {"qwen3"},
-        ropes=_KNOWN_ROPES,
-        varying=frozenset({"kv_heads", "neurons", "without_attention", "without_feed_forward"}),
-        head_sizes=frozenset({32, 48, 64, 80, 96, 104, 112, 128, 144, 160, 192, 224, 256}),
-        neuron_multiple={"": 64},
-        query_multiple={"": 64},
-        hidden_multiple={"": 64},
-    ),
-)
-
-
-def takes_of(flow: str) -> Takes:
-    """The rules of a flow; raises BadInput where none of that name is known."""
-    known = {each.flow: each for each in _TAKES}
-    if flow not in known:
-        close = difflib.get_close_matches(flow, known, 1)
-        hint = f"; did you mean '{close[0]}'?" if close else ""
-        raise BadInput(f"'{flow}' is not a flow; known are {', '.join(known)}{hint}")
-    return known[flow]
+LLAMAS = frozenset({"llama", "mistral", "qwen2"})
+"""Model types that compute the plain block: rotary grouped-query attention and a gated feed-forward."""
+KNOWN_ROPES = frozenset({"default", "linear", "llama3"})
+ANY_WIDTHS: frozenset[Varying] = frozenset({"kv_heads", "heads", "neurons"})
+ANY_BLOCKS: frozenset[Varying] = ANY_WIDTHS | {"without_attention", "without_feed_forward"}

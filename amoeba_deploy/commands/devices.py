@@ -129,6 +129,11 @@ def search(checkpoint: Path | None, config: Path | None, top: int, as_json: bool
     "-o", "--output", type=click.Path(path_type=Path), help="Bundle to write.  [default: named after its target]"
 )
 @click.option("--no-verify", is_flag=True, help="Do not compare the engine with transformers.")
+@click.option(
+    "--verify-text",
+    type=click.Path(path_type=Path),
+    help="Text to compare perplexities on.  [default: what the subnet itself writes]",
+)
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @workload_options
 @output_options
@@ -137,6 +142,7 @@ def export(
     shape: str | None,
     output: Path | None,
     no_verify: bool,
+    verify_text: Path | None,
     force: bool,
     as_json: bool,
     quiet: bool,
@@ -155,5 +161,5 @@ def export(
     if output is not None:
         check_target(output, force, (opened.path, opened.model.path))
     request = Request.of(Space.of_checkpoint(opened), asked, Progress(quiet), shape)
-    done = export_answer(opened, request, output, force=force, verify=not no_verify)
+    done = export_answer(opened, request, output, force=force, verify=not no_verify, text=verify_text)
     emit(done.to_json(), as_json, lambda: console.print_export(done))

@@ -78,6 +78,7 @@ def layout_cost(plan: Plan, architecture: Architecture, device: Device) -> Layou
             backend = load_backend(flow)
         except AmoebaError:
             continue
+        precision = backend.takes.own_name(precision)
         if precision in backend.precisions() and "ragged" in backend.layouts():
             storage = backend.storage(precision)
             found = ragged_cost(plan, architecture, storage, device, flow, precision, workload, context)

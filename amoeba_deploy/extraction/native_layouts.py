@@ -147,12 +147,3 @@ def gguf_arrays(plan: Plan, multiple: int = GGUF_NEURON_MULTIPLE) -> GgufArrays:
     return GgufArrays(
         tuple(BlockSizes(b.heads, b.kv_heads, max(_padded(b.neurons, multiple), multiple)) for b in plan_sizes(plan))
     )
-
-
-def native_blocks(flow: str, plan: Plan, architecture: Architecture, multiple: int) -> tuple[BlockSizes, ...] | None:
-    """The sizes that a flow wants a plan's blocks padded to, neurons in multiples; None where it takes any."""
-    if flow == "tensorrt-llm":
-        return deci_blocks(plan, architecture, multiple).blocks
-    if flow == "gguf":
-        return gguf_arrays(plan, multiple).blocks
-    return None

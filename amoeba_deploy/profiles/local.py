@@ -6,9 +6,10 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
-from amoeba_deploy.backends import flow_names, load_backend
+from amoeba_deploy.backends import load_backend
+from amoeba_deploy.backends.backend import require_toolchain
 from amoeba_deploy.checkpoint import Checkpoint
-from amoeba_deploy.errors import BadInput, ToolchainMissing
+from amoeba_deploy.errors import BadInput
 from amoeba_deploy.profiles.device import load_device
 from amoeba_deploy.profiles.profiler import (
     BUDGET_SECONDS,
@@ -27,19 +28,21 @@ from amoeba_deploy.shape import Shape
 
 
 def ready_combinations(flows: Sequence[str], precisions: Sequence[str]) -> list[tuple[str, str]]:
-    """Flow and precision pairs to profile: those asked for, or everything that runs here.
+    """Flow and precision pairs to profile: those asked for, or those of the flows that the device ``local`` lists.
 
     Raises:
         ToolchainMissing: a flow asked for, or every flow, lacks its toolchain.
         BadInput: no flow has a precision asked for.
     """
     for flow in flows:
-        toolchain = load_backend(flow).toolchain()
-        if toolchain.missing:
-            raise ToolchainMissing(f"the flow '{flow}' needs {', '.join(toolchain.missing)}; run {toolchain.install}")
-    ready = [flow for flow in flows or flow_names() if not load_backend(flow).toolchain().missing]
-    pairs = [(flow, p) for flow in ready for p in load_backend(flow).precisions() if not precisions or p in precisions]
-    unknown = set(precisions) - {precision for _, precision in pairs}
+        require_toolchain(load_backend(flow))
+    wanted = flows or [preference.flow for preference in load_device(LOCAL).flows]
+    ready = [flow for flow in dict.fromkeys(wanted) if not load_backend(flow).toolchain().missing]
+    pairs = []
+    for flow in ready:
+        own = {load_backend(flow).takes.own_name(precision) for precision in precisions}
+        pairs += [(flow, p) for p in load_backend(flow).precisions() if not own or p in own]
+    unknown = {p for p in precisions if not any(load_backend(f).takes.own_name(p) == q for f, q in pairs)}
     if unknown or not pairs:
         raise BadInput(f"no flow in {', '.join(ready)} has the precision {', '.join(sorted(unknown))}")
     return pairs

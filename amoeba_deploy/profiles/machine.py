@@ -39,6 +39,18 @@ def machine_facts() -> dict[str, Any]:
     }
 
 
+@cache
+def own_chips() -> tuple[str, ...]:
+    """The architectures that code can be built for and run on here: the processor's, and those of CUDA GPUs."""
+    chips = [platform.machine()]
+    if Path("/dev/nvidia0").exists() or Path("/dev/nvgpu").exists():
+        import torch
+
+        for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+            chips.append("sm_{}{}".format(*torch.cuda.get_device_capability(index)))
+    return tuple(dict.fromkeys(chips))
+
+
 def fingerprint() -> str:
     """Sixteen hex digits that tell machines apart."""
     text = "\n".join(f"{key}={value}" for key, value in sorted(machine_facts().items()))

@@ -4,7 +4,7 @@ Engines to be compared are measured in turn, one repeat of each after the other,
 slows all of them. Medians are kept, with the 10th and 90th percentile of the time per output token.
 
 Run as a module, it measures the memory of one engine in a process of its own:
-``python -m amoeba_deploy.profiles.measure FLOW PRECISION ARTEFACT VOCABULARY BATCH PROMPT TOKENS``.
+``python -m amoeba_deploy.profiles.measure FLOW PRECISION ARTEFACT VOCABULARY BATCH PROMPT TOKENS CONTEXT``.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def measure(
     return [timing(done) for done in runs]
 
 
-def peak_memory(flow: str, precision: str, artefact: Path, vocabulary: int, workload: Workload) -> int:
+def peak_memory(flow: str, precision: str, artefact: Path, vocabulary: int, workload: Workload, context: int) -> int:
     """Peak resident bytes of a fresh process that opens an artefact and runs the workload once."""
     command = [
         sys.executable,
@@ -108,6 +108,7 @@ def peak_memory(flow: str, precision: str, artefact: Path, vocabulary: int, work
         str(workload.batch),
         str(workload.prompt),
         str(workload.tokens),
+        str(context),
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -133,8 +134,8 @@ def own_peak() -> int:
 
 def main(arguments: list[str]) -> None:
     """Run one engine once and print the peak of this process's resident memory in bytes."""
-    flow, precision, artefact, vocabulary, batch, prompt, tokens = arguments
-    engine = load_backend(flow).open(Path(artefact), precision)
+    flow, precision, artefact, vocabulary, batch, prompt, tokens, context = arguments
+    engine = load_backend(flow).open(Path(artefact), precision, context=int(context), batch=int(batch))
     run_once(engine, int(vocabulary), Workload(int(batch), int(prompt), int(tokens)))
     print(own_peak())
 

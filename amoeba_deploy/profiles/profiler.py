@@ -16,11 +16,12 @@ from typing import Any
 
 from amoeba_deploy import __version__
 from amoeba_deploy.backends import load_backend
-from amoeba_deploy.backends.backend import Engine, check_precision
+from amoeba_deploy.backends.backend import Backend, Engine, check_precision, options_for
 from amoeba_deploy.checkpoint import Checkpoint
 from amoeba_deploy.errors import BadInput
 from amoeba_deploy.files import cache_folder
 from amoeba_deploy.lowering import lower_plan
+from amoeba_deploy.plan import Steps
 from amoeba_deploy.profiles.machine import fingerprint, machine_facts, threads
 from amoeba_deploy.profiles.measure import Timing, measure, peak_memory
 from amoeba_deploy.profiles.table import Row, Table, make_row, read_table
@@ -100,18 +101,26 @@ def empty_table(checkpoint: Checkpoint, context: int, device: str = LOCAL) -> Ta
     return Table(device, checkpoint.architecture.digest, facts, ())
 
 
-def _build(checkpoint: Checkpoint, flow: str, precision: str, shape: Shape, context: int, folder: Path) -> Built:
+def _build(
+    checkpoint: Checkpoint, flow: str, precision: str, shape: Shape, context: int, batch: int, folder: Path
+) -> Built:
     backend = load_backend(flow)
     artefact, work = folder / "engine", folder / "dense"
     artefact.mkdir(parents=True)
     work.mkdir()
-    lower_plan(checkpoint, checkpoint.plan(shape), backend, precision, context, artefact, work)
-    return Built(flow, precision, shape, artefact, backend.open(artefact, precision))
+    plan = checkpoint.plan(shape, steps_of(checkpoint, backend, precision))
+    lower_plan(checkpoint, plan, backend, precision, options_for(backend, context, batch), artefact, work)
+    return Built(flow, precision, shape, artefact, backend.open(artefact, precision, context=context, batch=batch))
 
 
-def _row(built: Built, timing: Timing, vocabulary: int, workload: Workload) -> Row:
-    memory = peak_memory(built.flow, built.precision, built.folder, vocabulary, workload)
-    size = sum(file.stat().st_size for file in built.folder.iterdir())
+def steps_of(checkpoint: Checkpoint, backend: Backend, precision: str) -> Steps:
+    """The numbers of heads and neurons of a checkpoint's subnets that an engine takes."""
+    return backend.takes.steps(checkpoint.architecture, checkpoint.multiple, precision, checkpoint.bias)
+
+
+def _row(built: Built, timing: Timing, vocabulary: int, workload: Workload, context: int) -> Row:
+    memory = peak_memory(built.flow, built.precision, built.folder, vocabulary, workload, context)
+    size = sum(file.stat().st_size for file in built.folder.rglob("*") if file.is_file())
     return make_row(built.flow, built.precision, built.shape, workload, astuple(timing), (memory, size))
 
 
@@ -146,8 +155,10 @@ def profile(
     for flow, precision in combinations:
         backend = load_backend(flow)
         check_precision(backend, precision)
+        options = options_for(backend, context, workload.batch)
         for shape in shapes:
-            refused = backend.refusal(checkpoint.sized(shape), precision, context)
+            sizes = checkpoint.sized(shape, steps_of(checkpoint, backend, precision))
+            refused = backend.refusal(sizes, precision, options) or backend.cannot_run(precision, options)
             if refused:
                 raise BadInput(f"the flow '{flow}' refuses the shape {shape}: {refused}")
     table = empty_table(checkpoint, context, device)
@@ -158,13 +169,14 @@ def profile(
         with progress.bar("build", len(wanted)) as step:
             built = []
             for number, (flow, precision, shape) in enumerate(wanted):
-                built.append(_build(checkpoint, flow, precision, shape, context, Path(work) / str(number)))
+                folder = Path(work) / str(number)
+                built.append(_build(checkpoint, flow, precision, shape, context, workload.batch, folder))
                 step()
         with progress.bar("measure", len(built) * repeats) as step:
             timings = measure([b.engine for b in built], vocabulary, workload, repeats, deadline, step)
         with progress.bar("memory", len(built)) as step:
             rows = []
             for one, timing in zip(built, timings, strict=True):
-                rows.append(_row(one, timing, vocabulary, workload))
+                rows.append(_row(one, timing, vocabulary, workload, context))
                 step()
     return table.merged(rows)

@@ -16,12 +16,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from amoeba_deploy.architecture import Architecture
-from amoeba_deploy.backends.backend import EXACT_TOLERANCE, Ids, Toolchain, installed_versions
-from amoeba_deploy.backends.takes import takes_of
+from amoeba_deploy.backends.backend import (
+    EXACT_TOLERANCE,
+    Artefact,
+    Backend,
+    BuildOptions,
+    Counts,
+    Ids,
+    Toolchain,
+    installed_versions,
+    refuse_lengths,
+    require_legal,
+    require_toolchain,
+)
+from amoeba_deploy.backends.takes import ANY_BLOCKS, KNOWN_ROPES, Takes
 from amoeba_deploy.block_quantisation import BLOCK, dequantise, quantise
-from amoeba_deploy.errors import BadInput, ToolchainMissing
+from amoeba_deploy.errors import BadInput
 from amoeba_deploy.extraction.folder import copy_model, copy_other_files
-from amoeba_deploy.extraction.ragged import Layout
 from amoeba_deploy.files import write_json
 from amoeba_deploy.model_folder import ModelFolder
 from amoeba_deploy.precision import StorageFormat
@@ -64,9 +75,10 @@ class OnnxEngine:
     def reset(self) -> None:
         self._cache, self._fed = {}, 0
 
-    def feed(self, ids: Ids) -> NDArray[np.float32]:
+    def feed(self, ids: Ids, lengths: Counts | None = None) -> NDArray[np.float32]:
         import onnxruntime
 
+        refuse_lengths(lengths, ids, "onnx")
         value = onnxruntime.OrtValue.ortvalue_from_numpy
         batch, count = ids.shape
         if not self._cache:
@@ -82,16 +94,19 @@ class OnnxEngine:
         return np.asarray(logits.numpy())
 
 
-class OnnxBackend:
+class OnnxBackend(Backend):
     """ONNX Runtime on the CPU."""
 
     flow = "onnx"
-
-    def precisions(self) -> tuple[str, ...]:
-        return tuple(_BITS)
-
-    def layouts(self) -> tuple[Layout, ...]:
-        return ("uniform", "ragged")
+    takes = Takes(
+        "onnx",
+        tuple(_BITS),
+        traits=frozenset({"constant scaling"}),
+        ropes=KNOWN_ROPES,
+        varying=ANY_BLOCKS,
+        even_heads=True,
+        hidden_multiple={"int8": BLOCK, "int4": BLOCK},
+    )
 
     def storage(self, precision: str) -> StorageFormat:
         bits = _BITS[precision]
@@ -102,13 +117,14 @@ class OnnxBackend:
         versions, missing = installed_versions(_PACKAGES)
         return Toolchain(versions, missing, _INSTALL)
 
-    def refusal(self, subnet: Architecture, precision: str, context: int) -> str | None:
-        if subnet.sliding_window is not None and subnet.sliding_window < context:
+    def refusal(self, subnet: Architecture, precision: str, options: BuildOptions) -> str | None:
+        if subnet.sliding_window is not None and subnet.sliding_window < options.context:
             return (
-                f"its sliding window of {subnet.sliding_window} positions is shorter than the context of {context}, "
-                f"which this graph would get wrong without a word; ask for --context {subnet.sliding_window} or less"
+                f"its sliding window of {subnet.sliding_window} positions is shorter than the context of "
+                f"{options.context}, which this graph would get wrong without a word; ask for --context "
+                f"{subnet.sliding_window} or less"
             )
-        return takes_of(self.flow).refusal(subnet, precision)
+        return self.takes.refusal(subnet, precision)
 
     def weight_dtype(self, precision: str) -> str | None:
         return "float32" if precision == "fp32" else None
@@ -119,23 +135,23 @@ class OnnxBackend:
         # weights are caught far below that, by the same graph without that rounding.
         return EXACT_TOLERANCE if precision == "fp32" else 0.1
 
-    def lower(self, model: ModelFolder, output: Path, precision: str, context: int) -> None:
-        _require_toolchain()
+    def lower(self, model: ModelFolder, output: Path, precision: str, options: BuildOptions) -> Artefact:
+        require_legal(self, model, precision, options)
         import onnx
 
-        from amoeba_deploy.backends.onnx_graph import Emitter
+        from amoeba_deploy.backends.onnx.graph import Emitter
 
-        refused = self.refusal(model.architecture, precision, context)
-        if refused:
-            raise BadInput(f"the flow 'onnx' cannot lower {model.path} in {precision}: {refused}")
         tensors = _weights(model, output, precision)
         accuracy = _ACCURACY_LEVEL.get(precision, 0)
-        emitter = Emitter(model.architecture, tensors, _BITS[precision], context, accuracy)
+        emitter = Emitter(model.architecture, tensors, _BITS[precision], options.context, accuracy)
         onnx.save(emitter.model(), output / GRAPH)
-        write_json(output / "genai_config.json", genai_config(model, context))
+        write_json(output / "genai_config.json", genai_config(model, options.context))
+        return Artefact(output, precision)
 
-    def open(self, artefact: Path, precision: str, threads: int | None = None) -> OnnxEngine:
-        _require_toolchain()
+    def open(
+        self, artefact: Path, precision: str, threads: int | None = None, *, context: int | None = None, batch: int = 1
+    ) -> OnnxEngine:
+        require_toolchain(self)
         for name in (GRAPH, weights_file(precision)):
             if not (artefact / name).is_file():
                 raise BadInput(f"{artefact}: has no {name}; it is no {precision} artefact of the flow 'onnx'")
@@ -163,12 +179,6 @@ def _exact_graph(folder: Path) -> bytes:
             if attribute.name == "accuracy_level":
                 attribute.i = 1
     return bytes(model.SerializeToString())
-
-
-def _require_toolchain() -> None:
-    missing = BACKEND.toolchain().missing
-    if missing:
-        raise ToolchainMissing(f"the flow 'onnx' needs {', '.join(missing)}; install with {_INSTALL}")
 
 
 def _weights(model: ModelFolder, output: Path, precision: str) -> dict[str, TensorInfo]:
