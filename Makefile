@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export AMOEBA_CACHE ?= $(CURDIR)/$(VENV)/cache
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow test-device lint bench clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -20,6 +20,12 @@ test: $(VENV)/installed
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow
+
+# FLOW=onnx [PRECISION=int4,int8] [MODEL=checkpoint] [DEVICE=orin-nx] [OUT=report.json] [ARGS='--prompt 64']
+test-device: $(VENV)/installed
+	$(BIN)/python tools/test_device.py --flow '$(FLOW)' -o '$(or $(OUT),report.json)' \
+	    $(if $(PRECISION),--precision '$(PRECISION)') $(if $(MODEL),--model '$(MODEL)') \
+	    $(if $(DEVICE),--device '$(DEVICE)') $(ARGS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

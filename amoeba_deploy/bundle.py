@@ -8,13 +8,15 @@ give), ``manifest.json`` (what was built, from what, by what, for which device; 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import shlex
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from amoeba_deploy.backends import load_backend
-from amoeba_deploy.backends.backend import Engine
-from amoeba_deploy.errors import BadInput, ToolchainMissing, VerificationFailed
+from amoeba_deploy.backends.backend import Engine, options_for
+from amoeba_deploy.errors import AmoebaError, BadInput, ToolchainMissing, VerificationFailed
 from amoeba_deploy.files import read_json, sha256_of, write_json
 from amoeba_deploy.profiles.machine import own_chips
 from amoeba_deploy.selftest import check, read_selftest
@@ -84,15 +86,74 @@ def open_engine(folder: Path, manifest: Mapping[str, Any]) -> Engine:
     """
     flow, precision = manifest["flow"], manifest["precision"]
     if manifest.get("steps"):
-        does = "; ".join(str(step.get("does")) for step in manifest["steps"])
-        raise ToolchainMissing(f"{folder}: its engine is not finished; run the steps of its manifest first ({does})")
+        said = "; ".join(f"{step.get('does')}: {step.get('command')}" for step in manifest["steps"])
+        raise ToolchainMissing(
+            f"{folder}: its engine is not finished; run 'amoeba bundle finish {folder}' on the device, which does "
+            f"what is left ({said})"
+        )
     backend = load_backend(flow)
     foreign = foreign_to(manifest.get("identity"), backend.toolchain().versions)
     if foreign:
         raise BadInput(f"{folder}: its engine {foreign}; build it again, or run it there")
     workload = manifest.get("workload", {})
     context, batch = manifest.get("context"), int(workload.get("batch", 1))
+    if context and precision in backend.precisions():
+        identity = manifest.get("identity") or {}
+        options = options_for(backend, int(context), batch, identity.get("chip"), manifest.get("settings"))
+        reason = backend.cannot_run(precision, options)
+        if reason:
+            raise ToolchainMissing(f"{folder}: its {flow} engine cannot run here: {reason}")
     return backend.open(folder / ENGINE, precision, context=context, batch=batch)
+
+
+def finish_bundle(folder: Path, run: Callable[[Mapping[str, str]], None] | None = None) -> int:
+    """Run the steps of a bundle that are left, and enter what they made into its manifest; returns how many ran.
+
+    Where a step fails, what the steps before it made is removed, and the bundle is as it was. ``run`` runs one step;
+    left out, its command runs in the bundle's folder.
+
+    Raises:
+        VerificationFailed: a file of the bundle is changed, missing or not listed.
+        BadInput: the engine was built for another machine.
+        ToolchainMissing: a step's command is not on this machine.
+        AmoebaError: a step fails.
+    """
+    manifest = verify_files(folder)
+    steps = manifest.get("steps") or []
+    foreign = foreign_to(manifest.get("identity"), load_backend(manifest["flow"]).toolchain().versions)
+    if steps and foreign:
+        raise BadInput(f"{folder}: its engine {foreign}; finish it there")
+    try:
+        for step in steps:
+            run(step) if run else run_step(folder, step)
+    except BaseException:
+        for name in set(bundle_files(folder)) - set(manifest["files"]):
+            (folder / name).unlink()
+        raise
+    if steps:
+        facts = {key: value for key, value in manifest.items() if key not in ("format", "files")}
+        write_manifest(folder, facts | {"steps": [], "finished": [*manifest.get("finished", []), *steps]})
+    return len(steps)
+
+
+def run_step(folder: Path, step: Mapping[str, str]) -> None:
+    """Run a step's command in a bundle's folder.
+
+    Raises:
+        ToolchainMissing: the command is not on this machine.
+        AmoebaError: it fails; the message has its last line.
+    """
+    command = shlex.split(str(step.get("command", "")))
+    what = f"{folder}: the step to {step.get('does')}"
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    except (OSError, IndexError) as error:
+        needs = f"; install {step['needs']}" if step.get("needs") else ""
+        name = command[0] if command else "a command"
+        raise ToolchainMissing(f"{what} needs {name}, which does not start here ({error}){needs}") from None
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or done.stdout.strip().splitlines() or ["no message"])[-1]
+        raise AmoebaError(f"{what} failed with status {done.returncode}: {last}; run it by hand in that folder")
 
 
 def foreign_to(identity: Any, installed: Mapping[str, str], chips: Sequence[str] | None = None) -> str | None:

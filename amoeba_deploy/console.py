@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from amoeba_deploy.files import folder_bytes
 from amoeba_deploy.shape import format_width, width_to_json
 
 if TYPE_CHECKING:
     from amoeba_deploy.checkpoint import Checkpoint
+    from amoeba_deploy.export_all import AllExports
     from amoeba_deploy.extraction.folder import Extraction
     from amoeba_deploy.extraction.layout_cost import LayoutCost
     from amoeba_deploy.profiles.device import Device
@@ -252,6 +254,23 @@ def print_table(table: Table, file: Path) -> None:
     click.echo(str(file))
 
 
+def print_device_test(table: Table, file: Path) -> None:
+    """What came out of each item of a device test, and its latencies."""
+    measured = {(row.precision, row.depth, str(row.shape)): row for row in table.rows}
+    rows = []
+    for item in table.facts["items"]:
+        row = measured.get((item["precision"], item["depth"], f"{item['depth']}x{item['width']}"))
+        times = ["", ""] if row is None else [f"{row.ttft_ms:.2f}", f"{row.tpot_ms:.3f}"]
+        checked = "verified" if item["verified"] else "self-test" if item["selftest_tokens"] else "no"
+        name = f"{item['flow']} {item['precision']} {item['depth']}x{item['width']}"
+        rows.append([name, item["outcome"], checked, *times])
+    columns(rows, ["engine", "outcome", "checked", "TTFT ms", "TPOT ms"])
+    for item in table.facts["items"]:
+        if item["error"]:
+            click.echo(f"{item['precision']} {item['depth']}x{item['width']}, {item['stage']}: {item['error']}")
+    click.echo(str(file))
+
+
 def _quality_text(candidate: Candidate) -> str:
     quality = candidate.quality
     if quality.metric == "loss":
@@ -349,6 +368,13 @@ def _print_perplexity(verified: Verification) -> None:
         )
 
 
+def print_steps(done: ExportAnswer, of: str = "") -> None:
+    """What is still to be run on the device."""
+    for number, step in enumerate(done.export.artefact.steps, 1):
+        needs = f" (needs {step.needs})" if step.needs else ""
+        click.echo(f"step {number}{of} on the device{needs}, {step.does}:\n  {shlex.join(step.command)}")
+
+
 def print_export(done: ExportAnswer) -> None:
     """The choice, how the engine was verified, and where the bundle is."""
     print_answer(done.answer, top=3)
@@ -366,12 +392,46 @@ def print_export(done: ExportAnswer) -> None:
     artefact = done.export.artefact
     for note in artefact.notes:
         click.echo(f"note: {note}")
-    for number, step in enumerate(artefact.steps, 1):
-        needs = f" (needs {step.needs})" if step.needs else ""
-        click.echo(f"step {number} on the device{needs}, {step.does}:\n  {shlex.join(step.command)}")
+    print_steps(done)
     if done.export.timing is not None:
         timing = done.export.timing
         click.echo(f"measured: TPOT {timing.tpot_ms:.3f} ms, TTFT {timing.ttft_ms:.1f} ms on this machine")
         _print_overrun(done)
     phases = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in done.seconds.items())
     click.echo(f"bundle: {done.export.path} ({amount(done.export.bytes)}; {phases})")
+
+
+def print_all_exports(done: AllExports) -> None:
+    """One row a bundle, and why the other engines were passed over."""
+    from amoeba_deploy.bundle import ENGINE
+
+    rows = []
+    for one in done.bundles:
+        best, timing = one.answer.best, one.export.timing
+        found = timing or best.prediction
+        on_device = one.export.cannot_run or one.export.artefact.steps
+        rows.append(
+            [
+                f"{best.flow} {best.precision}",
+                str(best.shape),
+                amount(folder_bytes(one.export.path / ENGINE)),
+                f"{one.seconds['build']:.2f}",
+                "yes" if one.export.verification else "on the device" if on_device else "no",
+                f"{found.ttft_ms:.2f}",
+                f"{found.tpot_ms:.3f}",
+                "measured" if timing else best.prediction.source,
+            ]
+        )
+    if rows:
+        columns(rows, ["engine", "shape", "artefact", "build s", "verified", "TTFT ms", "TPOT ms", "latency"])
+    for passed in done.passed_over:
+        name = passed.flow if passed.precision is None else f"{passed.flow} {passed.precision}"
+        click.echo(f"passed over {name}: {passed.reason}")
+    for one in done.bundles:
+        for note in one.export.artefact.notes:
+            click.echo(f"note: {one.export.path.name}: {note}")
+        if one.export.cannot_run:
+            click.echo(f"note: {one.export.path.name} cannot run here: {one.export.cannot_run}")
+        print_steps(one, f" of {one.export.path.name}")
+    if done.bundles:
+        click.echo(f"{len(done.bundles)} bundles: {done.output}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -17,8 +16,8 @@ from amoeba_deploy.backends import load_backend
 from amoeba_deploy.backends.backend import Artefact, BuildOptions
 from amoeba_deploy.bundle import ENGINE, MEASURED, MEASURED_FORMAT, write_manifest
 from amoeba_deploy.checkpoint import Checkpoint
-from amoeba_deploy.extraction.folder import other_files
-from amoeba_deploy.files import whole_folder, write_json
+from amoeba_deploy.extraction.folder import copy_files, other_files
+from amoeba_deploy.files import folder_bytes, whole_folder, write_json
 from amoeba_deploy.lowering import lower_plan
 from amoeba_deploy.plan import Plan
 from amoeba_deploy.profiles.machine import fingerprint, machine_facts
@@ -128,11 +127,10 @@ def export(
             tolerance = verification.rounding if verification else backend.tolerance(order.precision) * scale
             steps = min(STEPS, options.context - ids.shape[1])
             write_selftest(folder, record(opened, tuple(ids[0].tolist()), steps, tolerance))
-            for file in (subnet.path / "config.json", *other_files(subnet)):
-                shutil.copyfile(file, folder / file.name)
+            copy_files(subnet, (subnet.path / "config.json", *other_files(subnet)), folder)
             write_json(folder / MEASURED, _measured(verification, timing, order))
             write_manifest(folder, manifest_facts(checkpoint, order, artefact, verification))
-        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        size = folder_bytes(folder)
     return Export(output, verification, timing, size, artefact, cannot_run)
 
 

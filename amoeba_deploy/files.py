@@ -22,6 +22,11 @@ def sha256_of(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def folder_bytes(folder: Path) -> int:
+    """The size of all files below a folder."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
 def json_text(value: Any) -> str:
     """JSON as all files of the project hold it: keys in the order given, two spaces, one line feed at the end."""
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
@@ -170,12 +175,19 @@ def _replace(work: Path, target: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def check_new_file(target: Path, force: bool) -> None:
+    """Raise BadInput where an output file may not be written; for commands that work long before they write."""
+    if target.is_dir():
+        raise BadInput(f"{target}: is a folder, and a file belongs there; choose another output")
+    if target.exists() and not force:
+        raise BadInput(f"{target}: exists already; choose another output or add --force to replace it")
+
+
 @contextmanager
 def whole_file(target: Path, force: bool = False) -> Iterator[Path]:
     """As ``whole_folder``, for one file: the path to write to, renamed to ``target`` when the block ends well."""
     target = target.absolute()
-    if target.exists() and not force:
-        raise BadInput(f"{target}: exists already; choose another output or add --force to replace it")
+    check_new_file(target, force)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(target)

@@ -1,9 +1,9 @@
-"""Greedy text from an engine, token by token, with its latencies."""
+"""Text from an engine, token by token, with its latencies."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -15,6 +15,10 @@ from amoeba_deploy.backends.backend import Engine
 from amoeba_deploy.errors import BadInput
 from amoeba_deploy.files import read_json_object
 from amoeba_deploy.model_folder import load_tokenizer
+from amoeba_deploy.sampling import Logits, greedy
+
+Choose = Callable[[Logits, Sequence[int]], int]
+"""The next token from logits [vocabulary] and all ids so far."""
 
 
 @dataclass
@@ -45,13 +49,15 @@ def stop_tokens(folder: Path) -> set[int]:
     return {value for value in values if isinstance(value, int)}
 
 
-def greedy_tokens(engine: Engine, prompt: list[int], tokens: int, stops: set[int], timings: Timings) -> Iterator[int]:
-    """Up to ``tokens`` ids, each the most likely one; ends after a stop token."""
+def chosen_tokens(
+    engine: Engine, prompt: Sequence[int], tokens: int, stops: Set[int], timings: Timings, choose: Choose
+) -> Iterator[int]:
+    """Up to ``tokens`` ids after a prompt, each one chosen from the engine's logits; ends before a stop token."""
     engine.reset()
-    ids = np.array([prompt], dtype=np.int64)
+    ids, fed = list(prompt), len(prompt)
     for index in range(tokens):
         began = time.perf_counter()
-        chosen = int(engine.feed(ids)[0, -1].argmax())
+        chosen = choose(engine.feed(np.array([ids[-fed:]], dtype=np.int64))[0, -1], ids)
         spent = time.perf_counter() - began
         if index == 0:
             timings.first = spent
@@ -60,27 +66,51 @@ def greedy_tokens(engine: Engine, prompt: list[int], tokens: int, stops: set[int
         if chosen in stops:
             return
         yield chosen
-        ids = np.array([[chosen]], dtype=np.int64)
+        ids.append(chosen)
+        fed = 1
+
+
+def prompt_of(folder: Path, text: str) -> list[int]:
+    """The ids of a text to continue, as its tokenizer begins one; raises BadInput where it has none."""
+    ids: list[int] = load_tokenizer(folder).encode(text).ids
+    if not ids:
+        raise BadInput("the prompt has no tokens; give a text with -p")
+    return ids
 
 
 def stream_text(
-    engine: Engine, folder: Path, prompt: str, tokens: int, context: int, timings: Timings
+    engine: Engine,
+    folder: Path,
+    prompt: Sequence[int],
+    tokens: int,
+    context: int,
+    timings: Timings,
+    *,
+    choose: Choose = greedy,
+    stops: Set[int] = frozenset(),
 ) -> Iterator[str]:
-    """Pieces of text as they are generated.
+    """Pieces of text as they are generated, whole characters only and no special tokens.
+
+    Args:
+        engine: what is fed.
+        folder: its tokenizer's and generation settings'.
+        prompt: the ids to continue.
+        tokens: how many to generate at most.
+        context: the positions that the engine provides for.
+        timings: filled meanwhile.
+        choose: the next token from logits [vocabulary] and all ids so far.
+        stops: ids that end the text beside those that the folder names.
 
     Raises:
-        BadInput: the prompt is empty or, with the tokens asked for, longer than the context.
+        BadInput: the prompt, with the tokens asked for, is longer than the context.
     """
     from tokenizers.decoders import DecodeStream
 
+    if len(prompt) + tokens > context:
+        raise BadInput(f"the prompt of {len(prompt)} tokens and --tokens {tokens} exceed the context of {context}")
     tokenizer = load_tokenizer(folder)
-    ids = tokenizer.encode(prompt).ids
-    if not ids:
-        raise BadInput("the prompt has no tokens; give a text with -p")
-    if len(ids) + tokens > context:
-        raise BadInput(f"the prompt of {len(ids)} tokens and --tokens {tokens} exceed the context of {context}")
-    decoder = DecodeStream(ids=ids, skip_special_tokens=True)
-    for identifier in greedy_tokens(engine, ids, tokens, stop_tokens(folder), timings):
+    decoder = DecodeStream(ids=list(prompt), skip_special_tokens=True)
+    for identifier in chosen_tokens(engine, prompt, tokens, stop_tokens(folder) | stops, timings, choose):
         piece = decoder.step(tokenizer, identifier)
         if piece:
             yield piece

@@ -38,6 +38,8 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
+MORE_TEMPLATES = "additional_chat_templates"
+"""The folder of chat templates beside the default one, as transformers writes them."""
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -125,14 +127,15 @@ class ModelFolder:
     @cached_property
     def digest(self) -> str:
         """sha256 over the names and contents of config, weights and tokenizer: what makes it this model."""
-        files = [self.path / "config.json", *self.tensors.files]
-        files += [self.path / name for name in TOKENIZER_FILES if (self.path / name).is_file()]
-        lines = [f"{file.name} {sha256_of(file)}\n" for file in sorted(files, key=lambda file: file.name)]
+        files = [self.path / "config.json", *self.tensors.files, *self.tokenizer_files()]
+        named = {file.relative_to(self.path).as_posix(): file for file in files}
+        lines = [f"{name} {sha256_of(file)}\n" for name, file in sorted(named.items())]
         return "sha256:" + hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def tokenizer_files(self) -> list[Path]:
-        """The tokenizer's files that the folder has."""
-        return [self.path / name for name in TOKENIZER_FILES if (self.path / name).is_file()]
+        """The tokenizer's files that the folder has, chat templates too."""
+        found = [self.path / name for name in TOKENIZER_FILES if (self.path / name).is_file()]
+        return found + sorted((self.path / MORE_TEMPLATES).glob("*.jinja"))
 
     def tokenizer(self) -> Tokenizer:
         """The folder's tokenizer (tokenizers library); raises BadInput where there is none."""

@@ -120,6 +120,12 @@ class Space:
         return cls(str(path), read_architecture(config), None, NEURON_MULTIPLE, None)
 
 
+def require_budget(asked: Mapping[str, Any], shape: str | None) -> None:
+    """Raise BadInput where there is neither a budget to search within nor a shape to build."""
+    if asked["latency"] is None and asked["memory"] is None and shape is None:
+        raise BadInput("give a budget: --latency with its unit (such as --latency 40ms), --memory, or both")
+
+
 @dataclass(frozen=True)
 class Request:
     """One resolved request: the space, the target, the budget, and where latencies come from."""
@@ -141,8 +147,7 @@ class Request:
         Raises:
             BadInput: no budget and no shape is given, or an option names what does not exist.
         """
-        if asked["latency"] is None and asked["memory"] is None and shape is None:
-            raise BadInput("give a budget: --latency with its unit (such as --latency 40ms), --memory, or both")
+        require_budget(asked, shape)
         phases = Phases()
         with phases.phase("search"):
             device = load_device(asked["device"])

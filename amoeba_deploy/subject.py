@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,24 +33,48 @@ class Subject:
     context: int
 
 
-def open_subject(path: Path) -> Subject:
-    """Open a bundle through its engine, or a model folder through the torch flow in float32.
+@dataclass(frozen=True)
+class Found:
+    """A bundle or a model folder that is not opened yet: its texts can be read before its engine is loaded."""
+
+    folder: Path
+    flow: str
+    precision: str
+    context: int
+    engine: Callable[[], Engine]
+
+    def open(self) -> Subject:
+        """Open its engine.
+
+        Raises:
+            BadInput: it was built for another machine or version, or is damaged.
+            ToolchainMissing: it does not run here, or steps of it are still to be run.
+        """
+        return Subject(self.engine(), self.folder, self.flow, self.precision, self.context)
+
+
+def find_subject(path: Path) -> Found:
+    """A bundle, to be opened through its engine, or a model folder, through the torch flow in float32.
 
     Raises:
         BadInput: the path is neither.
     """
     if (path / MANIFEST).is_file():
         manifest = read_manifest(path)
-        flow, precision, folder = manifest["flow"], manifest["precision"], path / ENGINE
+        folder = text_folder(path, path / ENGINE)
         context = int(manifest.get("context") or read_architecture(read_config(folder)).context)
-        return Subject(open_engine(path, manifest), text_folder(path, folder), flow, precision, context)
-    if (path / "config.json").is_file():
-        model = ModelFolder(path)
-        model.check_shapes()
-        flow, precision, folder, context = "torch", "fp32", path, model.architecture.context
-    else:
+        opened = partial(open_engine, path, manifest)
+        return Found(folder, manifest["flow"], manifest["precision"], context, opened)
+    if not (path / "config.json").is_file():
         raise BadInput(f"{path}: is neither a bundle nor a model folder")
-    return Subject(load_backend(flow).open(folder, precision), folder, flow, precision, context)
+    model = ModelFolder(path)
+    model.check_shapes()
+    return Found(path, "torch", "fp32", model.architecture.context, partial(load_backend("torch").open, path, "fp32"))
+
+
+def open_subject(path: Path) -> Subject:
+    """Open a bundle or a model folder; raises what ``find_subject`` and ``Found.open`` raise."""
+    return find_subject(path).open()
 
 
 def text_folder(bundle: Path, engine: Path) -> Path:

@@ -1,7 +1,8 @@
-"""Commands on bundles: ``bundle verify``."""
+"""Commands on bundles: ``bundle verify`` and ``bundle finish``."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import click
@@ -15,7 +16,7 @@ from amoeba_deploy.progress import Progress
 
 @click.group()
 def bundle() -> None:
-    """Check bundles."""
+    """Check bundles, and finish them on their device."""
 
 
 @bundle.command("verify")
@@ -38,3 +39,27 @@ def bundle_verify(path: Path, as_json: bool, quiet: bool) -> None:
         as_json,
         lambda: click.echo(f"{path}: {len(manifest['files'])} files intact, {count} self-test tokens equal"),
     )
+
+
+@bundle.command("finish")
+@click.argument("path", type=click.Path(path_type=Path))
+@output_options
+def bundle_finish(path: Path, as_json: bool, quiet: bool) -> None:
+    """Run the steps that a bundle's engine still needs, on the device that it is for.
+
+    The commands stand in the bundle's manifest and are shown as they run: finish only bundles that you trust.
+
+    \b
+    amoeba bundle finish out
+    """
+    from amoeba_deploy.bundle import finish_bundle, run_step
+
+    progress = Progress(quiet)
+
+    def run(step: Mapping[str, str]) -> None:
+        progress.say(f"{step.get('does')}: {step.get('command')}")
+        run_step(path, step)
+
+    count = finish_bundle(path, run)
+    value = {"path": str(path), "steps": count}
+    emit(value, as_json, lambda: click.echo(f"{path}: {count} steps run" if count else f"{path}: nothing left to do"))

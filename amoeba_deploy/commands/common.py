@@ -24,3 +24,31 @@ def open_named(path: Path | None) -> Any:
     from amoeba_deploy.settings import configured_checkpoint
 
     return open_checkpoint(path or configured_checkpoint())
+
+
+class WithSubcommands(click.Command):
+    """A command beside which others stand under its name: a first argument that names one of them runs that one."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.commands: dict[str, click.Command] = {}
+
+    def command(self, name: str) -> Callable[[Callable[..., Any]], click.Command]:
+        """Decorate a function as a command beside this one."""
+
+        def add(function: Callable[..., Any]) -> click.Command:
+            self.commands[name] = click.command(name)(function)
+            return self.commands[name]
+
+        return add
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        if args and args[0] in self.commands:
+            return self.commands[args[0]].make_context(f"{info_name} {args[0]}", args[1:], parent, **extra)
+        return super().make_context(info_name, args, parent, **extra)
+
+    def format_epilog(self, _ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, command.get_short_help_str(100)) for name, command in self.commands.items()])

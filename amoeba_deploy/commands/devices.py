@@ -7,8 +7,10 @@ from typing import Any
 
 import click
 
-from amoeba_deploy.commands.common import emit, open_named
+from amoeba_deploy.commands.common import WithSubcommands, emit, open_named
+from amoeba_deploy.errors import BadInput
 from amoeba_deploy.options import (
+    Memory,
     Seconds,
     checkpoint_argument,
     comma_list,
@@ -39,7 +41,7 @@ def devices(name: str | None, as_json: bool, quiet: bool) -> None:
         emit(console.device_json(device), as_json, lambda: console.print_device(device))
 
 
-@click.command()
+@click.command(cls=WithSubcommands)
 @checkpoint_argument
 @click.option("--flow", help="Flows, separated by commas.  [default: every one installed]")
 @click.option("--precision", help="Precisions, separated by commas.  [default: all of each flow]")
@@ -100,6 +102,66 @@ def profile(
     emit(value, as_json, lambda: console.print_table(table, file))
 
 
+@profile.command("import")
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FILE...")
+@click.option("--device", required=True, help="The device that was measured: a name, or the path of its file.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), required=True, help="Table to write, or to add the rows to."
+)
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="Whose model was measured.")
+@click.option("--config", type=click.Path(path_type=Path), help="Config of the model that was measured.")
+@click.option("--shape", help="Of what was measured, such as 24x0.75.")
+@click.option("--flow", help="Of what was measured.")
+@click.option("--precision", help="Of what was measured.")
+@click.option("--batch", type=click.IntRange(1), help="Sequences at once.")
+@click.option("--prompt", type=click.IntRange(1), help="Prompt tokens.")
+@click.option("--tokens", type=click.IntRange(1), help="Generated tokens.")
+@click.option("--peak-memory", type=Memory(), help="Memory that running took, such as 8GB.")
+@click.option("--artifact-size", type=Memory(), help="Size of the engine's files.")
+@output_options
+def profile_import(
+    files: tuple[Path, ...],
+    device: str,
+    output: Path,
+    checkpoint: Path | None,
+    config: Path | None,
+    shape: str | None,
+    peak_memory: float | None,
+    artifact_size: float | None,
+    as_json: bool,
+    quiet: bool,
+    **told: Any,
+) -> None:
+    """Add what was measured elsewhere to the latency table of a device.
+
+    A report of the device test says all of it; of other benchmarks' files the options from --checkpoint on say what
+    the file does not.
+
+    \b
+    amoeba profile import report.json --device orin-nx -o orin-nx.json
+    """
+    from amoeba_deploy import console
+    from amoeba_deploy.families import read_architecture
+    from amoeba_deploy.model_folder import read_config
+    from amoeba_deploy.profiles.device import load_device
+    from amoeba_deploy.profiles.imported import Told, import_measurements
+    from amoeba_deploy.shape import Shape
+
+    if checkpoint is not None and config is not None:
+        raise BadInput("--checkpoint and --config both name the model; give one of them")
+    architecture = read_architecture(read_config(config)) if config else None
+    known = Told(
+        architecture=open_named(checkpoint).architecture if checkpoint else architecture,
+        shape=None if shape is None else Shape.parse(shape),
+        peak_memory_bytes=None if peak_memory is None else int(peak_memory),
+        artifact_bytes=None if artifact_size is None else int(artifact_size),
+        **told,
+    )
+    table = import_measurements(files, load_device(device).name, known, output)
+    value = {"path": str(output), "rows": len(table.rows)}
+    emit(value, as_json, lambda: console.print_table(table, output))
+
+
 @click.command()
 @checkpoint_argument
 @search_options
@@ -150,14 +212,34 @@ def export(
 ) -> None:
     """Search, extract, lower, verify and bundle: from a checkpoint to an engine for a device.
 
+    With --flow all a bundle of every engine that can be built here, each with its own best shape, in one folder.
+
     \b
     amoeba export --device orin-nx --latency 40ms -o out
+    amoeba export --device orin-nx --latency 40ms --flow all -o engines
     """
     from amoeba_deploy import console
+    from amoeba_deploy.export_all import ALL, export_all
     from amoeba_deploy.files import check_target
     from amoeba_deploy.request import Request, Space, export_answer
 
     opened = open_named(checkpoint)
+    if comma_list(asked["flow"]) == [ALL]:
+        built = export_all(
+            opened,
+            asked,
+            output,
+            shape=shape,
+            force=force,
+            verify=not no_verify,
+            text=verify_text,
+            progress=Progress(quiet),
+        )
+        failure = built.failure()
+        emit(built.to_json(), as_json, lambda: console.print_all_exports(built))
+        if failure is not None:
+            raise failure
+        return
     if output is not None:
         check_target(output, force, (opened.path, opened.model.path))
     request = Request.of(Space.of_checkpoint(opened), asked, Progress(quiet), shape)

@@ -156,21 +156,49 @@ def evaluate(
 
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("-p", "--prompt", required=True, help="Text to continue.")
+@click.option("-p", "--prompt", required=True, help="Text to continue, or with --chat a question to answer.")
 @click.option("--tokens", type=click.IntRange(1), default=64, show_default=True, help="Tokens to generate at most.")
+@click.option("--chat", is_flag=True, help="Put the prompt into the model's own chat template.")
+@click.option("--system", help="Instructions that go before the question; with --chat.")
+@click.option("--sample", is_flag=True, help="Draw tokens as generation_config.json says.  [default: the likeliest]")
+@click.option("--seed", type=click.IntRange(0), help="Another draw; with --sample.  [default: 0]")
 @output_options
-def run(path: Path, prompt: str, tokens: int, as_json: bool, quiet: bool) -> None:
+def run(
+    path: Path,
+    prompt: str,
+    tokens: int,
+    chat: bool,
+    system: str | None,
+    sample: bool,
+    seed: int | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
     """Stream text from a bundle or a model folder; TTFT and TPOT follow on standard error.
 
     \b
     amoeba run out -p "Question: Where does Mirel live? Answer:"
+    amoeba run out --chat --system "Answer in one sentence." -p "Where does Mirel live?"
     """
-    from amoeba_deploy.generation import Timings, stream_text
-    from amoeba_deploy.subject import open_subject
+    from amoeba_deploy.chat import render_chat
+    from amoeba_deploy.generation import Choose, Timings, prompt_of, stream_text
+    from amoeba_deploy.sampling import Sampler, greedy, read_sampling
+    from amoeba_deploy.subject import find_subject
 
-    subject = open_subject(path)
+    if system is not None and not chat:
+        raise BadInput("--system goes into a chat template; add --chat")
+    if seed is not None and not sample:
+        raise BadInput("--seed is of random draws; add --sample")
+    found = find_subject(path)
+    asked = render_chat(found.folder, prompt, system) if chat else None
+    ids = asked.ids if asked else prompt_of(found.folder, prompt)
+    choose: Choose = Sampler(read_sampling(found.folder), seed or 0) if sample else greedy
+    stops = asked.stops if asked else frozenset()
+    subject = found.open()
     timings, pieces = Timings(), []
-    for piece in stream_text(subject.engine, subject.folder, prompt, tokens, subject.context, timings):
+    for piece in stream_text(
+        subject.engine, subject.folder, ids, tokens, subject.context, timings, choose=choose, stops=stops
+    ):
         pieces.append(piece)
         if not as_json:
             click.echo(piece, nl=False)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -180,6 +180,14 @@ def other_files(model: ModelFolder) -> Iterator[Path]:
         yield generation
 
 
+def copy_files(model: ModelFolder, files: Iterable[Path], output: Path) -> None:
+    """Copy files of a model's folder as they are to the same places in another folder."""
+    for file in files:
+        target = output / file.relative_to(model.path)
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes(file.read_bytes())
+
+
 def check_plan(model: ModelFolder, plan: Plan) -> None:
     """Raise BadInput where a plan names what the model does not have."""
     refuse_ragged(model.config, model.path)
@@ -240,9 +248,9 @@ def extract(
         raise BadInput(f"the dtype '{wanted}' is none of {', '.join(CONFIG_DTYPES)}")
     sources = subnet_tensors(model, plan, CONFIG_DTYPES[wanted], layout, learnt, blocks)
     write_json(output / "config.json", written_config(model, plan, wanted, layout, learnt, blocks))
-    modelling = [MODELLING_FILE] if layout == "ragged" else []
-    for file in (*other_files(model), *modelling):
-        (output / file.name).write_bytes(file.read_bytes())
+    copy_files(model, other_files(model), output)
+    if layout == "ragged":
+        (output / MODELLING_FILE.name).write_bytes(MODELLING_FILE.read_bytes())
     threads = min(len(os.sched_getaffinity(0)), 4)
     size = write_model_tensors(output, sources, shard_bytes, {"format": "pt"}, threads)
     seconds = time.perf_counter() - began
@@ -309,9 +317,9 @@ def copy_other_files(model: ModelFolder, output: Path) -> None:
     if output == model.path:
         return
     subnet = [model.path / "subnet.json"] if (model.path / "subnet.json").is_file() else []
-    modelling = [MODELLING_FILE] if model.blocks is not None else []
-    for file in (model.path / "config.json", *subnet, *modelling, *other_files(model)):
-        (output / file.name).write_bytes(file.read_bytes())
+    copy_files(model, (model.path / "config.json", *subnet, *other_files(model)), output)
+    if model.blocks is not None:
+        (output / MODELLING_FILE.name).write_bytes(MODELLING_FILE.read_bytes())
 
 
 def copy_model(

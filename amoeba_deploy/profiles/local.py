@@ -10,6 +10,7 @@ from amoeba_deploy.backends import load_backend
 from amoeba_deploy.backends.backend import require_toolchain
 from amoeba_deploy.checkpoint import Checkpoint
 from amoeba_deploy.errors import BadInput
+from amoeba_deploy.files import check_new_file
 from amoeba_deploy.profiles.device import load_device
 from amoeba_deploy.profiles.profiler import (
     BUDGET_SECONDS,
@@ -82,8 +83,8 @@ def profile_to(
         device = load_device(device).name
     if device != LOCAL and output is None:
         raise BadInput(f"--device {device} names the machine in a table for others; give -o FILE to write it to")
-    if output is not None and output.exists() and not force:
-        raise BadInput(f"{output}: exists already; choose another output or add --force to replace it")
+    if output is not None:
+        check_new_file(output, force)
     checkpoint.require_whole_blocks()
     checkpoint.require_scores()
     pairs = ready_combinations(flows, precisions)

@@ -10,6 +10,7 @@ import datetime
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ from amoeba_deploy import __version__
 from amoeba_deploy.backends import load_backend
 from amoeba_deploy.backends.backend import Backend, Engine, check_precision, options_for
 from amoeba_deploy.checkpoint import Checkpoint
-from amoeba_deploy.errors import BadInput
-from amoeba_deploy.files import cache_folder
+from amoeba_deploy.errors import AmoebaError, BadInput
+from amoeba_deploy.files import cache_folder, folder_bytes
 from amoeba_deploy.lowering import lower_plan
 from amoeba_deploy.plan import Steps
 from amoeba_deploy.profiles.machine import fingerprint, machine_facts, threads
@@ -85,7 +86,8 @@ def engine_versions() -> dict[str, str]:
 
     versions: dict[str, str] = {"amoeba-deploy": __version__}
     for flow in flow_names():
-        versions |= load_backend(flow).toolchain().versions
+        with suppress(AmoebaError):  # another package's flow that cannot be loaded
+            versions |= load_backend(flow).toolchain().versions
     return dict(sorted(versions.items()))
 
 
@@ -120,7 +122,7 @@ def steps_of(checkpoint: Checkpoint, backend: Backend, precision: str) -> Steps:
 
 def _row(built: Built, timing: Timing, vocabulary: int, workload: Workload, context: int) -> Row:
     memory = peak_memory(built.flow, built.precision, built.folder, vocabulary, workload, context)
-    size = sum(file.stat().st_size for file in built.folder.rglob("*") if file.is_file())
+    size = folder_bytes(built.folder)
     return make_row(built.flow, built.precision, built.shape, workload, astuple(timing), (memory, size))
 
 

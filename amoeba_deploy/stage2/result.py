@@ -16,7 +16,7 @@ import torch
 
 from amoeba_deploy.adapters import GATE, NOISE, Adapters, matrices, tensor_names, write_adapters
 from amoeba_deploy.checkpoint import Checkpoint, finish_checkpoint
-from amoeba_deploy.extraction.folder import SHARD_BYTES, other_files
+from amoeba_deploy.extraction.folder import SHARD_BYTES, copy_files, other_files
 from amoeba_deploy.families import family_of
 from amoeba_deploy.model_folder import ModelFolder, load_torch_model
 from amoeba_deploy.selection import Selection, write_selection
@@ -133,8 +133,7 @@ def write_base(
     infos = {name: base.tensors.info(name) for name in base.tensors.infos if name in weights}
     sources = {name: made_source(info.dtype, info.shape, values(name)) for name, info in infos.items()}
     write_model_tensors(folder, sources, SHARD_BYTES, {"format": "pt"})
-    for file in (base.path / "config.json", *other_files(base)):
-        (folder / file.name).write_bytes(file.read_bytes())
+    copy_files(base, (base.path / "config.json", *other_files(base)), folder)
     return ModelFolder(folder)
 
 

@@ -1,0 +1,157 @@
+"""Measurements from elsewhere: reports of the device test, and files of other benchmarks, merged into a latency table.
+
+A reader knows one form of file. ``READERS`` lists them; the first that recognises a file reads it. A module of a
+reader defines a class with ``name``, ``recognises`` and ``read``, and is named in ``_MODULES``, so that nothing of it
+is imported before a file is. What a file does not say itself (its shape, say) it asks of ``Told``.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+from amoeba_deploy import __version__
+from amoeba_deploy.architecture import Architecture
+from amoeba_deploy.errors import BadInput
+from amoeba_deploy.files import sha256_of
+from amoeba_deploy.profiles.table import TABLE_FORMAT, Table, read_table, write_table
+from amoeba_deploy.profiles.workload import Workload
+from amoeba_deploy.shape import Shape
+
+_MODULES: tuple[str, ...] = ()
+"""Modules of this package that define a ``READER``."""
+_KEPT = ("machine", "engines", "context", "test", "device_facts", "items")
+
+
+@dataclass(frozen=True)
+class Told:
+    """What the user says of files that do not say it themselves; None where the option was left out."""
+
+    architecture: Architecture | None = None
+    """Of the full model that was measured, or that the shape is of."""
+    shape: Shape | None = None
+    flow: str | None = None
+    precision: str | None = None
+    batch: int | None = None
+    prompt: int | None = None
+    tokens: int | None = None
+    peak_memory_bytes: int | None = None
+    artifact_bytes: int | None = None
+
+    def needed(self, file: Path, name: str) -> Any:
+        """One of these, or BadInput with the option that gives it."""
+        found = getattr(self, name)
+        if found is None:
+            option = {"architecture": "--checkpoint or --config", "peak_memory_bytes": "--peak-memory"}
+            option |= {"artifact_bytes": "--artifact-size"}
+            raise BadInput(f"{file}: does not say its {name}; give {option.get(name, '--' + name)}")
+        return found
+
+    def workload(self, file: Path) -> Workload:
+        """Batch (1 where left out), prompt and tokens."""
+        return Workload(self.batch or 1, self.needed(file, "prompt"), self.needed(file, "tokens"))
+
+
+class Reader(Protocol):
+    """Reads one form of file."""
+
+    name: str
+    """Of the form, as messages call it."""
+
+    def recognises(self, start: str) -> bool:
+        """Whether a file is of this form, by its first characters (a million at most)."""
+        ...
+
+    def read(self, file: Path, told: Told) -> Table:
+        """Its measurements, as a table of some device.
+
+        Raises:
+            BadInput: the file is damaged, or lacks what ``told`` lacks too.
+        """
+        ...
+
+
+class TableReader:
+    """Latency tables and reports of the device test, which say everything themselves."""
+
+    name = "latency table or report of the device test"
+
+    def recognises(self, start: str) -> bool:
+        return TABLE_FORMAT.partition("/")[0] in start
+
+    def read(self, file: Path, told: Told) -> Table:
+        table = read_table(file)
+        if told.architecture is not None and told.architecture.digest != table.architecture_digest:
+            raise BadInput(f"{file}: was measured for another model architecture")
+        return table
+
+
+def readers() -> Iterator[Reader]:
+    """Every reader, our own form's first."""
+    yield TableReader()
+    for name in _MODULES:
+        yield import_module(f"amoeba_deploy.profiles.{name}").READER
+
+
+def read_measurements(file: Path, told: Told) -> tuple[Table, str]:
+    """A file's measurements, and the name of its form; raises BadInput where no reader recognises it."""
+    try:
+        with file.open(encoding="utf-8", errors="replace") as stream:
+            start = stream.read(2**20)
+    except OSError as error:
+        raise BadInput(f"{file}: cannot be read ({error.strerror})") from None
+    known = list(readers())
+    for reader in known:
+        if reader.recognises(start):
+            return reader.read(file, told), reader.name
+    raise BadInput(f"{file}: is of no known form; known are: {', '.join(reader.name for reader in known)}")
+
+
+def import_measurements(files: Sequence[Path], device: str, told: Told, output: Path) -> Table:
+    """Merge files into the table of a device, which is made where it does not exist; returns the whole table.
+
+    A row that is imported replaces the one of the same shape, flow, precision and workload. Nothing is written where
+    one of the files is refused.
+
+    Args:
+        files: what to read, older ones first.
+        device: the name that the table has or gets, whatever the files call the machine.
+        told: what the files do not say.
+        output: the table's file.
+
+    Raises:
+        BadInput: a file is of no known form, holds no measurement, or is of another model than the others.
+    """
+    table = read_table(output) if output.exists() else None
+    if table is not None and table.device != device:
+        raise BadInput(f"{output}: is the table of '{table.device}', not of '{device}'; choose another output")
+    for file in files:
+        found, form = read_measurements(file, told)
+        if not found.rows:
+            raise BadInput(f"{file}: holds no measurement, so there is nothing to import; see its items for why")
+        if table is None:
+            kept = {name: found.facts[name] for name in _KEPT[:3] if name in found.facts}
+            table = Table(device, found.architecture_digest, kept, ())
+        if found.architecture_digest != table.architecture_digest:
+            raise BadInput(
+                f"{file}: was measured for another model architecture than the rest; keep them in two tables"
+            )
+        source = {"file": file.name, "sha256": sha256_of(file), "form": form, "rows": len(found.rows)}
+        source |= {name: found.facts[name] for name in ("date", "tool", *_KEPT) if name in found.facts}
+        others = [entry for entry in table.facts.get("imported", []) if entry.get("sha256") != source["sha256"]]
+        engines = {**table.facts.get("engines", {}), **found.facts.get("engines", {})}
+        facts = table.facts | {"engines": engines, "imported": [*others, source]}
+        table = replace(table, facts=facts).merged(found.rows)
+    assert table is not None, "the command takes at least one file"
+    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    table = replace(table, facts={"tool": f"amoeba-deploy {__version__}", "date": date} | _without(table.facts))
+    write_table(output, table, force=True)
+    return table
+
+
+def _without(facts: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in facts.items() if name not in ("tool", "date")}
