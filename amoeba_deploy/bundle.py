@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from amoeba_deploy.backends import load_backend
-from amoeba_deploy.backends.backend import Engine, options_for
+from amoeba_deploy.backends.backend import Backend, Engine, options_for
 from amoeba_deploy.errors import AmoebaError, BadInput, ToolchainMissing, VerificationFailed
 from amoeba_deploy.files import read_json, sha256_of, write_json
 from amoeba_deploy.profiles.machine import own_chips
@@ -77,12 +77,12 @@ def verify_files(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def open_engine(folder: Path, manifest: Mapping[str, Any]) -> Engine:
-    """The engine of a bundle.
+def require_runnable(folder: Path, manifest: Mapping[str, Any]) -> Backend:
+    """The backend of a bundle whose engine can be opened on this machine; nothing is loaded yet.
 
     Raises:
         BadInput: it was built for another machine, or with versions that must be the same and are not.
-        ToolchainMissing: it does not run here.
+        ToolchainMissing: it does not run here, or steps are left that finish it.
     """
     flow, precision = manifest["flow"], manifest["precision"]
     if manifest.get("steps"):
@@ -95,15 +95,24 @@ def open_engine(folder: Path, manifest: Mapping[str, Any]) -> Engine:
     foreign = foreign_to(manifest.get("identity"), backend.toolchain().versions)
     if foreign:
         raise BadInput(f"{folder}: its engine {foreign}; build it again, or run it there")
-    workload = manifest.get("workload", {})
-    context, batch = manifest.get("context"), int(workload.get("batch", 1))
+    context, identity = manifest.get("context"), manifest.get("identity") or {}
     if context and precision in backend.precisions():
-        identity = manifest.get("identity") or {}
-        options = options_for(backend, int(context), batch, identity.get("chip"), manifest.get("settings"))
+        chip, settings = identity.get("chip"), manifest.get("settings")
+        options = options_for(backend, int(context), _batch(manifest), chip, settings)
         reason = backend.cannot_run(precision, options)
         if reason:
             raise ToolchainMissing(f"{folder}: its {flow} engine cannot run here: {reason}")
-    return backend.open(folder / ENGINE, precision, context=context, batch=batch)
+    return backend
+
+
+def _batch(manifest: Mapping[str, Any]) -> int:
+    return int(manifest.get("workload", {}).get("batch", 1))
+
+
+def open_engine(folder: Path, manifest: Mapping[str, Any]) -> Engine:
+    """The engine of a bundle; raises what ``require_runnable`` raises, and BadInput where it is damaged."""
+    backend = require_runnable(folder, manifest)
+    return backend.open(folder / ENGINE, manifest["precision"], context=manifest.get("context"), batch=_batch(manifest))
 
 
 def finish_bundle(folder: Path, run: Callable[[Mapping[str, str]], None] | None = None) -> int:

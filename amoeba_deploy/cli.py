@@ -44,6 +44,12 @@ class Commands(click.Group):
         except Exception as error:
             if ctx.params.get("debug"):
                 traceback.print_exc()
+            if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+                from amoeba_deploy.files import system_refusal
+
+                # A file or folder of the user's, which no command should have to foresee.
+                click.echo(f"amoeba: {system_refusal(error)}", err=True)
+                ctx.exit(2)
             kind = type(error).__name__
             click.echo(f"amoeba: unexpected {kind}: {error}; run 'amoeba --debug ...' to see where", err=True)
             ctx.exit(1)

@@ -113,7 +113,7 @@ def checkpoint_of(model: Path | None, work: Path) -> Checkpoint:
     return create_checkpoint(str(opened.path), chosen, made, name=model.name)
 
 
-def tested_shapes(checkpoint: Checkpoint) -> list[Shape]:
+def whole_and_half(checkpoint: Checkpoint) -> list[Shape]:
     """The full model, and half of its depth and width, as far as the checkpoint goes down."""
     full = checkpoint.architecture.depth
     half = Shape(max(checkpoint.minimum_depth, full // 2), max(checkpoint.minimum_width, Fraction(1, 2)))
@@ -145,7 +145,7 @@ def examine_device(
     items = [
         Item(where, settings.flow, precision, shape.depth, str(shape.width), *rest)
         for precision in precisions
-        for shape in tested_shapes(checkpoint)
+        for shape in whole_and_half(checkpoint)
     ]
     rows, results = [], []
     for item in items:
@@ -170,7 +170,7 @@ def in_own_process(item: Item, seconds: float) -> dict[str, Any]:
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds)
         except subprocess.TimeoutExpired:
-            return _blank(item) | {"error": f"took longer than {seconds:.0f} s and was ended"}
+            return _blank(item) | {"error": f"took longer than {seconds:g} s and was ended"}
         if told.is_file():
             return read_json_object(told)
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]

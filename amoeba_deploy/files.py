@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -13,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from amoeba_deploy.errors import BadInput
+from amoeba_deploy.errors import AmoebaError, BadInput
 
 
 def sha256_of(file: Path) -> str:
@@ -155,9 +156,39 @@ def whole_folder(target: Path, force: bool = False, inputs: Sequence[Path] = ())
             yield work
             _replace(work, target)
     except OSError as error:
-        raise BadInput(f"{target}: was not written ({error})") from error
+        raise BadInput(f"{target}: was not written: {system_refusal(error)}") from error
+    except Exception as error:
+        # Engines' own writers report a full disk in words of their own.
+        if not isinstance(error, AmoebaError) and (full := _full_disk(work)):
+            raise BadInput(
+                f"{target}: was not written: no space left at {full} ({error}); free some there, or choose another "
+                f"output"
+            ) from error
+        raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+FULL_BYTES = 2**16
+"""A disk with less free than this is full."""
+
+
+def _full_disk(work: Path) -> Path | None:
+    places = (work.parent, Path(tempfile.gettempdir()))
+    return next((place for place in places if shutil.disk_usage(place).free < FULL_BYTES), None)
+
+
+def system_refusal(error: OSError) -> str:
+    """What the system refused, at which file, and what to do, as half a sentence."""
+    advice = "look at its folder"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        advice = "free some there, or choose another output"
+    elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        advice = "check its permissions, or choose another path"
+    elif error.errno == errno.ENOENT:
+        advice = "check its name"
+    where = f" at {error.filename}" if error.filename else ""
+    return f"{error.strerror or error}{where}; {advice}"
 
 
 def _replace(work: Path, target: Path) -> None:
@@ -202,7 +233,7 @@ def whole_file(target: Path, force: bool = False) -> Iterator[Path]:
             work.chmod(0o644)
             work.replace(target)
     except OSError as error:
-        raise BadInput(f"{target}: was not written ({error})") from error
+        raise BadInput(f"{target}: was not written: {system_refusal(error)}") from error
     finally:
         work.unlink(missing_ok=True)
 

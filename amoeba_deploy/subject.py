@@ -11,7 +11,7 @@ from typing import Any
 
 from amoeba_deploy.backends import load_backend
 from amoeba_deploy.backends.backend import Engine
-from amoeba_deploy.bundle import ENGINE, MANIFEST, open_engine, read_manifest
+from amoeba_deploy.bundle import ENGINE, MANIFEST, open_engine, read_manifest, require_runnable
 from amoeba_deploy.checkpoint import Checkpoint
 from amoeba_deploy.errors import BadInput
 from amoeba_deploy.evaluation import read_questions, task_accuracy, text_loss, text_rows
@@ -44,12 +44,7 @@ class Found:
     engine: Callable[[], Engine]
 
     def open(self) -> Subject:
-        """Open its engine.
-
-        Raises:
-            BadInput: it was built for another machine or version, or is damaged.
-            ToolchainMissing: it does not run here, or steps of it are still to be run.
-        """
+        """Open its engine; raises BadInput where it is damaged."""
         return Subject(self.engine(), self.folder, self.flow, self.precision, self.context)
 
 
@@ -57,10 +52,12 @@ def find_subject(path: Path) -> Found:
     """A bundle, to be opened through its engine, or a model folder, through the torch flow in float32.
 
     Raises:
-        BadInput: the path is neither.
+        BadInput: the path is neither, or a bundle's engine was built for another machine or version.
+        ToolchainMissing: a bundle's engine does not run here, or steps of it are still to be run.
     """
     if (path / MANIFEST).is_file():
         manifest = read_manifest(path)
+        require_runnable(path, manifest)
         folder = text_folder(path, path / ENGINE)
         context = int(manifest.get("context") or read_architecture(read_config(folder)).context)
         opened = partial(open_engine, path, manifest)
