@@ -14,6 +14,7 @@ import pytest
 from click.testing import Result
 from conftest import amoeba
 from fake_backends import Fake, finishing, offer_fake
+from jsonschema import Draft202012Validator
 
 from amoeba_deploy import device_test
 from amoeba_deploy.backends import onnx as onnx_flow
@@ -24,7 +25,7 @@ from amoeba_deploy.errors import AmoebaError, BadInput, ToolchainMissing, Verifi
 from amoeba_deploy.model_folder import ModelFolder
 from amoeba_deploy.profiles.imported import Told, import_measurements
 from amoeba_deploy.profiles.profiler import empty_table
-from amoeba_deploy.profiles.table import Table, make_row, read_table, write_table
+from amoeba_deploy.profiles.table import Row, Table, make_row, read_table, write_table
 from amoeba_deploy.profiles.workload import Workload
 from amoeba_deploy.shape import Shape
 
@@ -446,3 +447,25 @@ def test_importing_needs_no_engine(measured: Path, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(onnx_flow, "_PACKAGES", ("a-runtime-that-is-not-installed",))
     table = import_measurements([measured], "orin-nx", Told(), tmp_path / "table.json")
     assert len(table.rows) == 1
+
+
+# Formats
+
+SCHEMA = json.loads((ROOT / "docs" / "schemas" / "latency-table.schema.json").read_text())
+
+
+def test_reports_and_tables_made_of_them_are_what_the_schema_says(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offer_fake(monkeypatch, steps=(finishing(),))
+    monkeypatch.setattr(device_test, "peak_memory", lambda *_: 1)
+    passed = examine_item(item(checkpoint, "fake"), made(tmp_path / "one"))
+    failed = examine_item(item(checkpoint, "no-such-flow"), made(tmp_path / "two"))
+    row = Row(**passed.pop("row"))
+    failed.pop("row")
+    empty = empty_table(checkpoint, 96)
+    facts = empty.facts | {"test": {}, "device_facts": device_test.device_facts(), "items": [passed, failed]}
+    write_table(tmp_path / "report.json", Table("local", empty.architecture_digest, facts, (row,)))
+    assert imported(tmp_path / "table.json", tmp_path / "report.json").exit_code == 0
+    for name in ("report.json", "table.json"):
+        Draft202012Validator(SCHEMA).validate(json.loads((tmp_path / name).read_text()))

@@ -67,7 +67,7 @@ def _loaded(point: EntryPoint) -> Backend:
     package = point.dist.name if point.dist else point.value
     try:
         found = point.load()
-    except Exception as error:  # whatever another package's import raises
+    except (Exception, SystemExit) as error:  # whatever another package's import raises
         raise AmoebaError(f"the flow '{point.name}' of {package} cannot be loaded: {error!r:.200}") from None
     if not isinstance(found, Backend) or found.flow != point.name:
         raise AmoebaError(f"the flow '{point.name}' of {package} is no amoeba_deploy Backend of that name")
