@@ -1,9 +1,11 @@
-"""Is the engine worth it, and is the subnet? ``python -m benchmarks.engines [--threads 1]``.
+"""Is the engine worth it, and is the subnet? ``python -m benchmarks.engines [--threads 1] [--only onnx,gguf]``.
 
-A random Llama of 105 million parameters (vocabulary 8192) and a subnet with half of its block parameters, in eager
-PyTorch and in ONNX Runtime fp32, int8 and int4, measured interleaved in one run. Beside each decode time stands its
-physical limit: the bytes that it reads over the memory bandwidth that this machine reaches when it sums an array.
-Also: how long writing the fp32 engine takes, and that it adds no weight bytes.
+A random Llama of 105 million parameters (vocabulary 8192) and a subnet with half of its block parameters, in every
+engine that runs here, each in a process of its own, measured interleaved in one run. Beside each decode time stands its
+physical limit: the bytes that it reads over the memory bandwidth that this machine reaches when it sums an array. Also:
+how long each engine takes to build, and what is written.
+
+The graph that onnxruntime-genai's own model builder makes of the same models is measured beside ours.
 """
 
 from __future__ import annotations
@@ -11,28 +13,80 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from amoeba_deploy.architecture import Architecture
 from amoeba_deploy.backends import load_backend
-from amoeba_deploy.backends.backend import Engine, options_for
-from amoeba_deploy.extraction.folder import extract
+from amoeba_deploy.backends.backend import options_for
+from amoeba_deploy.errors import AmoebaError
+from amoeba_deploy.extraction.folder import copy_model, extract
 from amoeba_deploy.model_folder import ModelFolder
 from amoeba_deploy.plan import Plan, block_plan
-from amoeba_deploy.profiles.measure import measure
+from amoeba_deploy.profiles.measure import Timing
 from amoeba_deploy.profiles.workload import Workload
 from amoeba_deploy.shape import Shape
 from benchmarks.models import llama_config, random_model
+from benchmarks.workers import Worker, measured
 
 CONTEXT = 512
-KINDS = [("torch", "fp32"), ("onnx", "fp32"), ("onnx", "int8"), ("onnx", "int4")]
+VOCABULARY = 8192
+
+
+@dataclass(frozen=True)
+class Kind:
+    """An engine, a precision, and settings of the engine's own."""
+
+    flow: str
+    precision: str
+    settings: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def label(self) -> str:
+        """Its name in the table."""
+        return " ".join((self.flow, self.precision, *(value for _, value in self.settings if value != "none")))
+
+
+_BARE = (("tokenizer", "none"),)
+_BUILDER = (("emitter", "oga"),)
+TORCH = Kind("torch", "fp32")
+KINDS = [
+    TORCH,
+    Kind("torch-compile", "fp32"),
+    Kind("onnx", "fp32"),
+    Kind("onnx", "fp32", _BUILDER),
+    Kind("onnx", "int8"),
+    Kind("onnx", "int4"),
+    Kind("onnx", "int4", _BUILDER),
+    Kind("gguf", "q8_0", _BARE),
+    Kind("gguf", "q4_k_m", _BARE),
+    Kind("openvino", "fp32"),
+    Kind("openvino", "bf16"),
+    Kind("openvino", "int8"),
+    Kind("openvino", "int4"),
+    Kind("executorch", "fp32"),
+]
+
+
+@dataclass(frozen=True)
+class Built:
+    """One engine of one model, and the milliseconds that reading its weights takes at least."""
+
+    model: str
+    kind: Kind
+    worker: Worker
+    limit_ms: float
 
 
 def half_plan(sizes: Architecture) -> Plan:
-    """Ten of fourteen blocks, and 0.7 of heads and neurons in each: half of the block parameters."""
-    heads, neurons = round(0.7 * sizes.kv_heads), round(0.7 * sizes.neurons / 32) * 32
+    """Ten of fourteen blocks, and 0.7 of heads and neurons in each: half of the block parameters.
+
+    Neurons in multiples of 256, which all engines' quantised rows take.
+    """
+    heads, neurons = round(0.7 * sizes.kv_heads), round(0.7 * sizes.neurons / 256) * 256
     blocks = tuple(block_plan(sizes, i, range(heads), range(neurons)) for i in range(round(0.71 * sizes.depth)))
     return Plan(Shape.parse(f"{len(blocks)}x0.7"), blocks)
 
@@ -51,25 +105,72 @@ def bandwidth(threads: int) -> float:
     return best
 
 
-def build(model: ModelFolder, flow: str, precision: str, folder: Path, threads: int) -> Engine:
-    """The engine of one kind, in place where it can be."""
-    backend = load_backend(flow)
-    output = model.path if backend.weight_dtype(precision) else folder / f"{flow}-{precision}"
-    output.mkdir(exist_ok=True, parents=True)
-    before = {file: file.stat().st_size for file in output.iterdir()}
-    began = time.perf_counter()
-    backend.lower(model, output, precision, options_for(backend, CONTEXT))
-    spent = time.perf_counter() - began
-    added = sum(file.stat().st_size - before.get(file, 0) for file in output.iterdir())
-    print(f"  {flow} {precision}: lowered in {spent:.3f} s, {added / 1e6:.3f} MB written")
-    return backend.open(output, precision, threads)
+def build(name: str, model: ModelFolder, kind: Kind, folder: Path, threads: int, speed: float) -> Built | None:
+    """The engine of one kind, in place where it can be; None, with the reason printed, where it does not run here."""
+    try:
+        backend = load_backend(kind.flow)
+        options = options_for(backend, CONTEXT, settings=dict(kind.settings))
+        refused = backend.cannot_run(kind.precision, options) or ", ".join(backend.toolchain().missing)
+        if refused:
+            raise AmoebaError(refused)
+        dtype = backend.weight_dtype(kind.precision)
+        output = folder / kind.label.replace(" ", "-")
+        if dtype == "float32" and not kind.settings:
+            output = model.path
+        else:
+            output.mkdir(parents=True)
+            if dtype:
+                copy_model(model, output, dtype)
+                model = ModelFolder(output)
+        before = {file: file.stat().st_size for file in output.rglob("*")}
+        began = time.perf_counter()
+        backend.lower(model, output, kind.precision, options)
+        spent = time.perf_counter() - began
+        added = sum(file.stat().st_size - before.get(file, 0) for file in output.rglob("*") if file.is_file())
+        print(f"  {kind.label:20} built in {spent:7.3f} s, {added / 1e6:8.3f} MB written", flush=True)
+        worker = Worker(kind.flow, kind.precision, output, VOCABULARY, Workload(), threads, CONTEXT)
+    except AmoebaError as error:
+        print(f"  {kind.label:20} left out: {error}", flush=True)
+        return None
+    read = backend.storage(kind.precision).read_bytes(model.architecture)
+    return Built(name, kind, worker, 1e3 * read / speed)
+
+
+def report(built: Sequence[Built], found: Sequence[tuple[Timing, float]], speed: float, threads: int) -> None:
+    """Times, ratios to eager PyTorch and to the full model, and the share of the memory bandwidth."""
+    times = {(one.model, one.kind): timing for one, (timing, _) in zip(built, found, strict=True)}
+    print(f"\n{threads} thread(s), memory read at {speed / 1e9:.1f} GB/s; prefill of 128 tokens, decode of 31")
+    print(
+        "model  engine               prefill ms  vs torch  decode ms  vs torch  vs full  limit ms  share of bandwidth  "
+        "processor s"
+    )
+    for one, (timing, processor) in zip(built, found, strict=True):
+        torch, full = times[one.model, TORCH], times.get(("full", one.kind))
+        against = f"{full.tpot_ms / timing.tpot_ms:7.2f}x" if full else f"{'':8}"
+        print(
+            f"{one.model:6} {one.kind.label:20} {timing.ttft_ms:10.1f} {torch.ttft_ms / timing.ttft_ms:8.2f}x "
+            f"{timing.tpot_ms:10.2f} {torch.tpot_ms / timing.tpot_ms:8.2f}x {against} {one.limit_ms:9.2f} "
+            f"{one.limit_ms / timing.tpot_ms:19.0%} {processor:12.2f}"
+        )
+    halves = [one.kind for one in built if one.model == "half" and ("full", one.kind) in times]
+    ratios = np.array([times["full", kind].tpot_ms / times["half", kind].tpot_ms for kind in halves])
+    print(f"half against full, decode: {ratios.min():.2f}x to {ratios.max():.2f}x over the engines")
+    for precision in ("fp32", "int4"):
+        ours, theirs = (times.get(("full", Kind("onnx", precision, extra))) for extra in ((), _BUILDER))
+        if ours and theirs:
+            print(
+                f"our ONNX graph against the builder's, {precision}: prefill {theirs.ttft_ms / ours.ttft_ms:.2f}x, "
+                f"decode {theirs.tpot_ms / ours.tpot_ms:.2f}x as fast"
+            )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Engines and subnets side by side.")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--only", help="flows to measure beside torch, separated by commas")
     arguments = parser.parse_args()
+    wanted = set(arguments.only.split(",")) | {"torch"} if arguments.only else None
     with tempfile.TemporaryDirectory(prefix="amoeba-bench-") as work:
         full = random_model(Path(work, "full"), llama_config())
         Path(work, "half").mkdir()
@@ -78,34 +179,20 @@ def main() -> None:
         # Warm the emitter's imports, so that the time printed is the lowering's.
         import onnx  # noqa: F401
 
-        engines, limits = {}, {}
+        built: list[Built] = []
         speed = bandwidth(arguments.threads)
         for name, model in (("full", full), ("half", half)):
             sizes = model.architecture
             blocks = sizes.depth * sizes.block_parameters
             print(f"{name}: {sizes.parameters / 1e6:.1f} M parameters, {blocks / 1e6:.1f} M in blocks")
-            for flow, precision in KINDS:
-                engines[name, flow, precision] = build(
-                    model, flow, precision, Path(work, name + "-engines"), arguments.threads
-                )
-                limits[name, flow, precision] = 1e3 * load_backend(flow).storage(precision).read_bytes(sizes) / speed
-        found = measure(list(engines.values()), 8192, Workload(), arguments.repeats)
-        report(dict(zip(engines, found, strict=True)), limits, speed, arguments.threads)
-
-
-def report(found: dict, limits: dict, speed: float, threads: int) -> None:  # type: ignore[type-arg]
-    """Times, ratios to eager PyTorch and to the full model, and the share of the memory bandwidth."""
-    print(f"\n{threads} thread(s), memory read at {speed / 1e9:.1f} GB/s; prefill of 128 tokens, decode of 31")
-    print("model  engine        prefill ms  decode ms  vs torch  vs full  limit ms  share of bandwidth")
-    for (name, flow, precision), timing in found.items():
-        torch, full = found[name, "torch", "fp32"].tpot_ms, found["full", flow, precision].tpot_ms
-        limit = limits[name, flow, precision]
-        print(
-            f"{name:6} {flow + ' ' + precision:13} {timing.ttft_ms:10.1f} {timing.tpot_ms:10.2f} "
-            f"{torch / timing.tpot_ms:8.2f}x {full / timing.tpot_ms:7.2f}x {limit:9.2f} {limit / timing.tpot_ms:19.0%}"
-        )
-    ratios = np.array([found["full", f, p].tpot_ms / found["half", f, p].tpot_ms for f, p in KINDS])
-    print(f"half against full, decode: {ratios.min():.2f}x to {ratios.max():.2f}x over the engines")
+            for kind in KINDS:
+                if wanted is None or kind.flow in wanted:
+                    one = build(name, model, kind, Path(work, f"{name}-engines"), arguments.threads, speed)
+                    built += [one] if one else []
+        found = measured([one.worker for one in built], arguments.repeats)
+        for one in built:
+            one.worker.close()
+        report(built, found, speed, arguments.threads)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
@@ -100,6 +101,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo2-biases": ("olmo2", {"attention_bias": True, "tie_word_embeddings": False}),
 }
 """Random models by name: family, and what differs from ``BASE``."""
+
+
+# A machine that is busy makes any example slow; how long a test takes says nothing of what it tests.
+hypothesis.settings.register_profile("amoeba", deadline=None)
+hypothesis.settings.load_profile("amoeba")
 
 
 @pytest.fixture(autouse=True)

@@ -632,7 +632,8 @@ def test_an_interrupted_selection_leaves_nothing(outputs: Path, tmp_path: Path, 
     time.sleep(1)
     started.process.send_signal(signal.SIGINT)
     status, out, err = started.finish()
-    assert (status, out) == (1, "")
+    # As above: an interrupt inside a C extension's Python code ends the process by SIGINT.
+    assert (status in (1, -signal.SIGINT), out) == (True, ""), err
     assert err.splitlines() == ["amoeba: interrupted; nothing was left under the output's name"]
     assert list(outputs.iterdir()) == []
 

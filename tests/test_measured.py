@@ -206,7 +206,7 @@ def test_peak_memory_is_that_of_the_engines_own_process(demo: Checkpoint, tmp_pa
 
     load_backend("onnx").lower(demo.model, tmp_path, "int4", BuildOptions(64))
     ballast = np.ones(10**8)
-    found = peak_memory("onnx", "int4", tmp_path, 1024, Workload(1, 8, 4))
+    found = peak_memory("onnx", "int4", tmp_path, 1024, Workload(1, 8, 4), 64)
     assert 10**7 < found < ballast.nbytes
 
 

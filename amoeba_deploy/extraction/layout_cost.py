@@ -63,7 +63,7 @@ def ragged_cost(
 
 
 def layout_cost(plan: Plan, architecture: Architecture, device: Device) -> LayoutCost:
-    """The same in the first flow and precision that the device prefers, this version knows, and takes ragged subnets.
+    """The same in the first flow and precision that the device prefers and that takes this subnet, ragged.
 
     The workload is a prompt of 128 tokens and 32 generated ones, or fewer where the model's context is short.
 
@@ -79,7 +79,9 @@ def layout_cost(plan: Plan, architecture: Architecture, device: Device) -> Layou
         except AmoebaError:
             continue
         precision = backend.takes.own_name(precision)
-        if precision in backend.precisions() and "ragged" in backend.layouts():
+        if precision not in backend.precisions() or "ragged" not in backend.layouts():
+            continue
+        if backend.takes.refusal(plan.subnet(architecture), precision) is None:
             storage = backend.storage(precision)
             found = ragged_cost(plan, architecture, storage, device, flow, precision, workload, context)
             return LayoutCost(device.name, flow, precision, found)
