@@ -176,8 +176,7 @@ def foreign_to(identity: Any, installed: Mapping[str, str], chips: Sequence[str]
     if not isinstance(identity, dict):
         return None
     wanted = identity.get("chip")
-    here = chips or own_chips()
-    if wanted and wanted not in here:
+    if wanted and wanted not in (here := chips or own_chips()):
         return f"was built for {wanted}, and this machine is {' with '.join(here)}"
     versions = identity.get("versions", {})
     for package in identity.get("bound", ()):

@@ -30,6 +30,7 @@ from amoeba_deploy.checkpoint import Checkpoint, create_checkpoint, open_checkpo
 from amoeba_deploy.errors import AmoebaError, BadInput, ToolchainMissing, VerificationFailed
 from amoeba_deploy.export import Order, Phases, export
 from amoeba_deploy.files import folder_bytes, read_json_object, write_json
+from amoeba_deploy.lowering import extract_for
 from amoeba_deploy.model_folder import ModelFolder
 from amoeba_deploy.profiles.device import LOCAL
 from amoeba_deploy.profiles.machine import own_chips
@@ -40,6 +41,7 @@ from amoeba_deploy.profiles.workload import Workload
 from amoeba_deploy.progress import Progress
 from amoeba_deploy.selection import BlockScores, DepthChoice, Selection, write_selection
 from amoeba_deploy.shape import Shape, format_width
+from amoeba_deploy.verification import verify_artefact
 
 REPEATS = 5
 ITEM_SECONDS = 3600.0
@@ -219,7 +221,7 @@ def _go_through(item: Item, work: Path, found: dict[str, Any]) -> None:
     order = Order(plan, item.flow, item.precision, item.workload, options, False, facts)
     bundle = work / "bundle"
     done = export(checkpoint, order, bundle, force=False, verify=True, phases=phases, progress=quiet)
-    found["verified"] = done.verified_json()
+    found["verified"] = None if done.verification is None else done.verification.to_json()
     found["stage"] = "finish"
 
     def step(entry: Mapping[str, str]) -> None:
@@ -230,6 +232,13 @@ def _go_through(item: Item, work: Path, found: dict[str, Any]) -> None:
         record["done"] = "yes"
 
     finish_bundle(bundle, step)
+    if done.verification is None and done.cannot_run is None:
+        found["stage"] = "verify"
+        with phases.phase("verify"):
+            (dense := work / "dense").mkdir()
+            subnet = extract_for(checkpoint, plan, backend, item.precision, dense)
+            verified = verify_artefact(backend, subnet, bundle / ENGINE, item.precision, options)
+        found["verified"] = verified.to_json()
     found["stage"] = "selftest"
     manifest = read_manifest(bundle)
     with phases.phase("selftest"):

@@ -159,6 +159,7 @@ def export_all(
 
     Raises:
         BadInput: the output is taken, or device, shape or precision are not known.
+        AmoebaError: it was interrupted after some bundles were done.
     """
     device = load_device(asked["device"])
     folder = output or Path(f"{device.name}-{ALL}")
@@ -176,16 +177,22 @@ def export_all(
     space = Space.of_checkpoint(checkpoint)
     pairs, passed = wanted_engines(device, comma_list(asked["precision"]))
     bundles: list[ExportAnswer] = []
-    for flow, precision in pairs:
-        try:
-            request = Request.of(space, {**asked, "flow": flow, "precision": precision}, progress, shape)
-            target = folder / f"{flow}-{precision}"
-            bundles.append(export_answer(checkpoint, request, target, force=force, verify=verify, text=text))
-        except Exception as error:  # one engine's failure is its own
-            passed.append(PassedOver(flow, precision, error))
-            progress.say(f"note: {flow} {precision} was not built: {passed[-1].reason}")
-    with suppress(OSError):
-        folder.rmdir()  # where nothing was built
+    try:
+        for flow, precision in pairs:
+            try:
+                request = Request.of(space, {**asked, "flow": flow, "precision": precision}, progress, shape)
+                target = folder / f"{flow}-{precision}"
+                bundles.append(export_answer(checkpoint, request, target, force=force, verify=verify, text=text))
+            except Exception as error:  # one engine's failure is its own
+                passed.append(PassedOver(flow, precision, error))
+                progress.say(f"note: {flow} {precision} was not built: {passed[-1].reason}")
+    except KeyboardInterrupt:
+        if not bundles:
+            raise
+        raise AmoebaError(f"interrupted; the bundles that were done ({len(bundles)}) are in {folder}") from None
+    finally:
+        with suppress(OSError):
+            folder.rmdir()  # where nothing was built
     order = {flow: number for number, flow in enumerate(flow_names())}
     passed.sort(key=lambda entry: order[entry.flow])
     return AllExports(folder, tuple(bundles), tuple(passed))

@@ -29,15 +29,24 @@ def lower_plan(
     empty folder ``work``, in the model's own dtype, and the backend stores weights its own way. Blocks of different
     widths are left so where the backend takes them, and padded to sizes that it takes where it does not.
     """
-    dtype = backend.weight_dtype(precision)
-    dense = output if dtype else work
+    dense = output if backend.weight_dtype(precision) else work
+    subnet = extract_for(checkpoint, plan, backend, precision, dense)
+    return subnet, backend.lower(subnet, output, precision, options)
+
+
+def extract_for(checkpoint: Checkpoint, plan: Plan, backend: Backend, precision: str, dense: Path) -> ModelFolder:
+    """Write the dense subnet of a plan that a backend lowers into the empty folder ``dense``."""
     layout: Layout = "ragged" if plan.is_ragged and "ragged" in backend.layouts() else "uniform"
     sizes = checkpoint.architecture
     multiple = backend.takes.steps(sizes, 1, precision).multiple
-    blocks = backend.block_sizes(plan, sizes, multiple) if layout == "ragged" else None
-    learnt, facts = checkpoint.learnt(plan), checkpoint.origin()
-    # Engines point into one file of weights, whatever its size.
-    wanted: dict[str, Any] = {"dtype": dtype, "layout": layout, "blocks": blocks, "learnt": learnt, "facts": facts}
-    extract(checkpoint.model, plan, dense, shard_bytes=sys.maxsize, **wanted)
-    subnet = ModelFolder(dense)
-    return subnet, backend.lower(subnet, output, precision, options)
+    wanted: dict[str, Any] = {
+        "dtype": backend.weight_dtype(precision),
+        "layout": layout,
+        "blocks": backend.block_sizes(plan, sizes, multiple) if layout == "ragged" else None,
+        "learnt": checkpoint.learnt(plan),
+        "facts": checkpoint.origin(),
+        # Engines point into one file of weights, whatever its size.
+        "shard_bytes": sys.maxsize,
+    }
+    extract(checkpoint.model, plan, dense, **wanted)
+    return ModelFolder(dense)

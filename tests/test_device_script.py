@@ -153,11 +153,8 @@ def test_steps_run_in_the_bundles_folder_before_the_engine_is_opened(
     assert found["outcome"] == "passed", found
     assert [(step["does"], step["done"]) for step in found["steps"]] == [("compile the engine", "yes")]
     assert (tmp_path / "bundle" / "engine" / "finished.bin").read_text() == "compiled here"
+    assert found["verified"]["greedy_tokens_equal"] is True
     assert found["selftest_tokens"] > 0
-
-
-def _no_steps(_fake: Fake) -> None:
-    pass
 
 
 def _fails(fake: Fake) -> None:
@@ -176,6 +173,10 @@ def _is_wrong(fake: Fake) -> None:
     fake.limit = -1.0
 
 
+def _is_wrong_when_finished(fake: Fake) -> None:
+    fake.limit, fake.steps = -1.0, (finishing(),)
+
+
 def _cannot_run(fake: Fake) -> None:
     fake.reason = "it has no accelerator"
 
@@ -185,6 +186,7 @@ FAILURES: dict[str, tuple[Callable[[Fake], None], str, int, str]] = {
     "a step without its command": (_not_there, "finish", 6, "install a compiler"),
     "an engine that raises": (_raises, "build", 1, "unexpected RuntimeError: segments overlap"),
     "an engine that is wrong": (_is_wrong, "build", 5, "is wrong"),
+    "an engine that is wrong once finished": (_is_wrong_when_finished, "verify", 5, "is wrong"),
     "an engine that cannot run": (_cannot_run, "selftest", 6, "it has no accelerator"),
 }
 

@@ -286,6 +286,16 @@ def test_a_folder_that_holds_something_is_kept_unless_forced_and_then_only_its_b
     assert sorted(path.name for path in folder.iterdir()) == ["mine.txt", "onnx-int4"]
 
 
+def test_what_was_done_when_interrupted_is_kept_and_said(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offer_fake(monkeypatch, "tensorrt-llm", broken=KeyboardInterrupt())
+    result = export(checkpoint, tmp_path / "all", *SHAPE, "--precision", "fp32", "--quiet")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == f"amoeba: interrupted; the bundles that were done (2) are in {tmp_path / 'all'}\n"
+    assert sorted(path.name for path in (tmp_path / "all").iterdir()) == ["onnx-fp32", "torch-fp32"]
+
+
 @pytest.mark.usefixtures("own_flows")
 def test_a_file_or_a_bundle_is_no_folder_for_bundles(checkpoint: Checkpoint, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
