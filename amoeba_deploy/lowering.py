@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,21 +30,25 @@ def lower_plan(
     empty folder ``work``, in the model's own dtype, and the backend stores weights its own way. Blocks of different
     widths are left so where the backend takes them, and padded to sizes that it takes where it does not.
     """
-    dense = output if backend.weight_dtype(precision) else work
-    subnet = extract_for(checkpoint, plan, backend, precision, dense)
+    dense = output if backend.folder_dtype(precision, options) else work
+    subnet = extract_for(checkpoint, plan, backend, precision, options, dense)
     return subnet, backend.lower(subnet, output, precision, options)
 
 
-def extract_for(checkpoint: Checkpoint, plan: Plan, backend: Backend, precision: str, dense: Path) -> ModelFolder:
+def extract_for(
+    checkpoint: Checkpoint, plan: Plan, backend: Backend, precision: str, options: BuildOptions, dense: Path
+) -> ModelFolder:
     """Write the dense subnet of a plan that a backend lowers into the empty folder ``dense``."""
-    layout: Layout = "ragged" if plan.is_ragged and "ragged" in backend.layouts() else "uniform"
-    sizes = checkpoint.architecture
+    sizes, learnt = checkpoint.architecture, checkpoint.learnt(plan)
+    held = sizes if learnt.biases is None else replace(sizes, output_bias=True, mlp_bias=True)
+    takes_ragged = "ragged" in backend.layouts_for(held, precision, options)
+    layout: Layout = "ragged" if plan.is_ragged and takes_ragged else "uniform"
     multiple = backend.takes.steps(sizes, 1, precision).multiple
     wanted: dict[str, Any] = {
-        "dtype": backend.weight_dtype(precision),
+        "dtype": backend.folder_dtype(precision, options),
         "layout": layout,
         "blocks": backend.block_sizes(plan, sizes, multiple) if layout == "ragged" else None,
-        "learnt": checkpoint.learnt(plan),
+        "learnt": learnt,
         "facts": checkpoint.origin(),
         # Engines point into one file of weights, whatever its size.
         "shard_bytes": sys.maxsize,
