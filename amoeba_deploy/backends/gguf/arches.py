@@ -13,7 +13,7 @@ from typing import Any
 
 from amoeba_deploy.architecture import Architecture
 from amoeba_deploy.backends.gguf.rotary import FACTORED
-from amoeba_deploy.extraction.ragged import BlockSizes
+from amoeba_deploy.extraction.ragged import BlockSizes, has_output_bias
 from amoeba_deploy.families import gemma3_text
 
 NO_ROTATION = "attention without rotary positions"
@@ -164,6 +164,11 @@ def config_refusal(sizes: Architecture, config: Mapping[str, Any]) -> str | None
     llama.cpp's ``smollm3`` leaves every fourth block without rotary positions, whatever the file says; its ``gemma3``
     neither caps scores nor scales the positions of blocks with a window.
     """
+    if has_output_bias(dict(config)) and not arch_of(sizes).output_biases:
+        return (
+            f"its biases on o_proj and down_proj are not something that llama.cpp's '{arch_of(sizes).name}' adds; choose "
+            f"--bias off"
+        )
     if sizes.family == "gemma3_text":
         if config.get("attn_logit_softcapping"):
             return "its soft-capping of scores is not something that llama.cpp's 'gemma3' computes"

@@ -40,11 +40,17 @@ def library() -> Any:
     return llama_cpp
 
 
+def default_threads() -> int:
+    """All cores, or as many as ``OMP_NUM_THREADS`` says: llama.cpp's threads wait for each other by spinning."""
+    asked, cores = os.environ.get("OMP_NUM_THREADS", ""), len(os.sched_getaffinity(0))
+    return min(int(asked), cores) if asked.isdigit() and int(asked) else cores
+
+
 def last_said() -> str:
     """What llama.cpp logged last that names a reason."""
     lines = "".join(_said).splitlines()
-    found = [line for line in lines if "error" in line or "failed" in line or "invalid" in line]
-    return (found or lines or ["no reason given"])[-1].strip()[:200]
+    found = [line for word in ("error", "failed") for line in lines if word in line]
+    return (found or lines[-1:] or ["no reason given"])[0].strip()[:200]
 
 
 def load(path: Path, vocab_only: bool = False) -> Any:
@@ -74,7 +80,7 @@ class GgufEngine:
         parameters.n_ctx = context * batch
         parameters.n_seq_max = batch
         parameters.n_batch = parameters.n_ubatch = BATCH
-        parameters.n_threads = parameters.n_threads_batch = threads or len(os.sched_getaffinity(0))
+        parameters.n_threads = parameters.n_threads_batch = threads or default_threads()
         parameters.type_k = parameters.type_v = 0  # GGML_TYPE_F32; llama.cpp's own default is float16
         parameters.flash_attn_type = 0
         parameters.offload_kqv = parameters.op_offload = False

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from amoeba_deploy.backends.gguf.engine import default_threads
 from amoeba_deploy.backends.gguf.file import FILE_TYPES, GgufFile
 from amoeba_deploy.errors import AmoebaError
 
@@ -47,7 +48,7 @@ def quantise(source: Path, target: Path, precision: str, threads: int | None = N
     Raises:
         AmoebaError: the quantiser failed or was killed; the message has its last words.
     """
-    count = threads or len(os.sched_getaffinity(0))
+    count = threads or default_threads()
     # -P: the working folder is not where modules come from.
     command = [sys.executable, "-P", "-c", _SCRIPT, str(source), str(target), str(FILE_TYPES[precision]), str(count)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
