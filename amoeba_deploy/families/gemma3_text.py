@@ -18,7 +18,7 @@ from amoeba_deploy.families.family import Family
 _BASES = {"full_attention": 1000000.0, "sliding_attention": 10000.0}
 
 
-def _ropes(config: dict[str, Any]) -> dict[str, Rope]:
+def ropes_of(config: dict[str, Any]) -> dict[str, Rope]:
     """The rotary settings of both kinds of blocks."""
     given = config.get("rope_parameters") or {}
     full, local = (dict(given.get(kind) or {}) for kind in _BASES)
@@ -33,7 +33,7 @@ def _ropes(config: dict[str, Any]) -> dict[str, Rope]:
 
 def _flags(config: dict[str, Any]) -> dict[str, Any]:
     found = gemma2.flags(config)
-    ropes = _ropes(config)
+    ropes = ropes_of(config)
     if "sliding_attention" in config["layer_types"] and ropes["sliding_attention"] != ropes["full_attention"]:
         found["traits"] += ("second rotary base",)
     return found | {"qk_norm": True, "rope": ropes["full_attention"]}
@@ -48,7 +48,7 @@ def _layer_lists(config: dict[str, Any]) -> dict[str, list[Any]]:
 
 
 def _spell_rope(config: dict[str, Any], _subnet: Architecture) -> None:
-    ropes = _ropes(config)
+    ropes = ropes_of(config)
     full, local = ropes["full_attention"], ropes["sliding_attention"]
     scaled = {"rope_type": full.kind, "type": full.kind, **dict(full.settings)}
     config |= {
