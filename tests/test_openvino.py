@@ -1,0 +1,5 @@
+from amoeba_deploy.backends.conformance import Conformance
+
+
+class TestOpenvino(Conformance):
+    flow = "openvino"
