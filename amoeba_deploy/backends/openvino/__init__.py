@@ -7,7 +7,9 @@ same folder. docs/backend_openvino.md says how it computes, and what it refuses.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import ClassVar
 
 from amoeba_deploy.architecture import Architecture
 from amoeba_deploy.backends.backend import (
@@ -59,7 +61,7 @@ class OpenvinoBackend(Backend):
         query_multiple={"int4": 32},
         hidden_multiple={"int4": 32},
     )
-    settings = {
+    settings: ClassVar[Mapping[str, Setting]] = {
         "group": Setting("64", "inputs that share a scale in int4; fewer where they do not divide", ("32", "64", "128"))
     }
 
@@ -106,7 +108,6 @@ class OpenvinoBackend(Backend):
         if precision in _COMPRESSED:
             _require_nncf()
         from amoeba_deploy.backends.openvino.compression import StoredWeights, compress
-        from amoeba_deploy.backends.openvino.engine import CACHE, ROUNDING
         from amoeba_deploy.backends.openvino.graph import GraphBuilder
         from amoeba_deploy.backends.openvino.runtime import load
         from amoeba_deploy.backends.openvino.tokenizer import convert_tokenizer
@@ -117,13 +118,8 @@ class OpenvinoBackend(Backend):
         if precision in _COMPRESSED:
             graph = compress(graph, precision, options.number("group"))
         chosen = properties(precision)
-        # The CPU takes these two from the file where whoever opens it says nothing, such as openvino-genai.
-        for name in (CACHE, ROUNDING):
-            graph.set_rt_info(chosen[name], ["runtime_options", name])
         load("openvino").save_model(graph, str(output / MODEL), compress_to_fp16=False)
-        write_json(
-            output / PROPERTIES, {"format": PROPERTIES_FORMAT, "precision": precision, "properties": chosen}
-        )
+        write_json(output / PROPERTIES, {"format": PROPERTIES_FORMAT, "precision": precision, "properties": chosen})
         refused = convert_tokenizer(model, output)
         notes = (f"openvino-genai cannot read text with this folder: {refused}; ids work",) if refused else ()
         stored = StoredWeights(output / MODEL).matrices()
@@ -153,7 +149,9 @@ class OpenvinoBackend(Backend):
 
 def _require_nncf() -> None:
     if installed_versions(("nncf",))[1]:
-        raise ToolchainMissing(f"the flow 'openvino' needs nncf for int8 and int4, which is not installed; run {_INSTALL}")
+        raise ToolchainMissing(
+            f"the flow 'openvino' needs nncf for int8 and int4, which is not installed; run {_INSTALL}"
+        )
 
 
 BACKEND = OpenvinoBackend()
