@@ -236,7 +236,7 @@ def _go_through(item: Item, work: Path, found: dict[str, Any]) -> None:
         found["stage"] = "verify"
         with phases.phase("verify"):
             (dense := work / "dense").mkdir()
-            subnet = extract_for(checkpoint, plan, backend, item.precision, dense)
+            subnet = extract_for(checkpoint, plan, backend, item.precision, options, dense)
             verified = verify_artefact(backend, subnet, bundle / ENGINE, item.precision, options)
         found["verified"] = verified.to_json()
     found["stage"] = "selftest"

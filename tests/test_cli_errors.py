@@ -123,13 +123,6 @@ def test_a_mistyped_flow_is_answered_with_the_closest_one(refuse: Refuse) -> Non
     assert "did you mean 'onnx'" in refuse(2, "export", *SEARCH, "--flow", "onx")
 
 
-@pytest.mark.parametrize("flow", ["openvino", "executorch", "gguf", "mlc-llm"])
-def test_a_flow_that_this_version_has_no_backend_for_is_no_mistyped_name(refuse: Refuse, flow: str) -> None:
-    said = refuse(6, "export", *SEARCH, "--flow", flow)
-    assert f"'{flow}'" in said
-    assert "did you mean" not in said
-
-
 def test_an_unknown_precision_is_named(refuse: Refuse) -> None:
     assert "int3" in refuse(2, "export", *SEARCH, "--precision", "int3")
 
