@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -34,6 +35,7 @@ from amoeba_deploy.extraction.folder import extract
 from amoeba_deploy.lowering import lower_plan
 from amoeba_deploy.model_folder import ModelFolder, load_torch_model
 from amoeba_deploy.plan import Plan, block_plan
+from amoeba_deploy.profiles.measure import own_peak
 from amoeba_deploy.profiles.mlc_bench import read_mlc_bench
 from amoeba_deploy.selection import write_selection
 from amoeba_deploy.shape import Shape
@@ -437,6 +439,17 @@ def test_a_subnet_for_mlc_is_cut_by_its_rules_from_the_command_line(checkpoint: 
     done = amoeba("extract", checkpoint.path, "--shape", "2x0.5", "--for", "mlc-llm", "-o", tmp_path / "subnet")
     assert done.exit_code == 0, done.stderr
     assert MLC.refusal(ModelFolder(tmp_path / "subnet").architecture, "q4f16_1", options()) is None
+
+
+def test_the_memory_of_an_engine_in_a_process_of_its_own_counts() -> None:
+    before = own_peak()
+    code = "data = bytearray(200 * 2**20); print(len(data), flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert own_peak() > before + 200 * 2**20
+        process.communicate(b"\n")
+    assert own_peak() < before + 200 * 2**20
 
 
 # --------------------------------------------------------------------------------------------------- MLC's benchmark
