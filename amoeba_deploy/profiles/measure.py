@@ -118,18 +118,28 @@ def peak_memory(flow: str, precision: str, artefact: Path, vocabulary: int, work
 
 
 def own_peak() -> int:
-    """Peak resident bytes of this process.
+    """Peak resident bytes of this process and of those that it started and that still run: engines of their own.
 
     Linux keeps it for each address space (VmHWM). ``ru_maxrss`` would not do there: it survives ``exec``, so a child
     never reports less than its parent had.
     """
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
+    import psutil
+
+    if Path("/proc/self/status").exists():
+        running = [psutil.Process(), *psutil.Process().children(recursive=True)]
+        return sum(_peak_of(process.pid) for process in running)
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _peak_of(process: int) -> int:
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:  # it has just ended
+        return 0
+    line = next((line for line in lines if line.startswith("VmHWM")), None)
+    return int(line.split()[1]) * 1024 if line else 0
 
 
 def main(arguments: list[str]) -> None:
