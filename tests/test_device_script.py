@@ -419,10 +419,7 @@ class LineReader:
 def test_a_reader_of_another_form_asks_for_what_its_file_does_not_say(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = type(sys)("amoeba_deploy.profiles.line_reader")
-    module.READER = LineReader()  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr("amoeba_deploy.profiles.imported._MODULES", ("line_reader",))
+    monkeypatch.setattr("amoeba_deploy.profiles.imported.FOREIGN", (LineReader(),))
     (tmp_path / "log.txt").write_text("bench 30 4.5")
     options: list[object] = []
     needed = {"--flow": "onnx", "--precision": "int4", "--shape": "2x0.5", "--prompt": 16, "--tokens": 8}
@@ -433,6 +430,43 @@ def test_a_reader_of_another_form_asks_for_what_its_file_does_not_say(
     assert imported(tmp_path / "table.json", tmp_path / "log.txt", *options).exit_code == 0
     (row,) = read_table(tmp_path / "table.json").rows
     assert (row.flow, str(row.shape), row.ttft_ms, row.tpot_ms, row.prompt) == ("onnx", "2x0.5", 30.0, 4.5, 16)
+
+
+LLAMA_BENCH = [
+    {"model_filename": "m.gguf", "n_prompt": prompt, "n_gen": tokens, "n_threads": 2, "samples_ns": samples,
+     "build_number": 7000, "build_commit": "abc"}
+    for prompt, tokens, samples in ((16, 0, [30_000_000]), (0, 8, [36_000_000, 44_000_000, 40_000_000]))
+]  # fmt: skip
+SERVING = {
+    "mean_ttft_ms": 31.0, "median_ttft_ms": 30.0, "mean_tpot_ms": 5.5, "median_tpot_ms": 5.0, "p90_tpot_ms": 6.0,
+    "completed": 4, "total_input_tokens": 64, "total_output_tokens": 32,
+}  # fmt: skip
+MLC_COLUMNS = {
+    "num_completed_requests": 4, "time_to_first_token_s.quantiles.p50": 0.03,
+    "time_per_output_token_s.quantiles.p25": 0.0045, "time_per_output_token_s.quantiles.p50": 0.005,
+    "time_per_output_token_s.quantiles.p90": 0.006, "input_tokens.mean": 16, "output_tokens.mean": 8,
+}  # fmt: skip
+MLC_BENCH = "\n".join(",".join(map(str, line)) for line in (MLC_COLUMNS, MLC_COLUMNS.values())) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "flow"),
+    [(json.dumps(LLAMA_BENCH), "gguf"), (json.dumps(SERVING), "tensorrt-llm"), (MLC_BENCH, "mlc-llm")],
+    ids=["llama-bench", "benchmark_serving", "mlc_llm.bench"],
+)
+def test_files_of_the_engines_own_benchmarks_become_rows(
+    checkpoint: Checkpoint, tmp_path: Path, content: str, flow: str
+) -> None:
+    (tmp_path / "bench").write_text(content)
+    told = ("--precision", "own", "--shape", "2x0.5", "--checkpoint", checkpoint.path)
+    sizes = ("--peak-memory", "1GB", "--artifact-size", "10MB")
+    assert "--peak-memory" in refusal(imported(tmp_path / "table.json", tmp_path / "bench", *told), 2)
+    done = imported(tmp_path / "table.json", tmp_path / "bench", *told, *sizes)
+    assert done.exit_code == 0, done.stderr
+    (row,) = read_table(tmp_path / "table.json").rows
+    assert (row.flow, row.precision, row.prompt, row.tokens) == (flow, "own", 16, 8)
+    assert (row.ttft_ms, row.tpot_ms) == (30.0, 5.0)
+    assert row.p10 <= row.tpot_ms <= row.p90
 
 
 def test_profile_is_still_a_command_of_its_own_beside_import(checkpoint: Checkpoint) -> None:

@@ -1,8 +1,7 @@
 """Measurements from elsewhere: reports of the device test, and files of other benchmarks, merged into a latency table.
 
-A reader knows one form of file. ``READERS`` lists them; the first that recognises a file reads it. A module of a
-reader defines a class with ``name``, ``recognises`` and ``read``, and is named in ``_MODULES``, so that nothing of it
-is imported before a file is. What a file does not say itself (its shape, say) it asks of ``Told``.
+A reader knows one form of file; the first that recognises a file reads it. Those of other benchmarks are in
+``foreign``. What a file does not say itself (its shape, say) a reader asks of ``Told``.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import datetime
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,12 +16,11 @@ from amoeba_deploy import __version__
 from amoeba_deploy.architecture import Architecture
 from amoeba_deploy.errors import BadInput
 from amoeba_deploy.files import sha256_of
+from amoeba_deploy.profiles.foreign import READERS as FOREIGN
 from amoeba_deploy.profiles.table import TABLE_FORMAT, Table, read_table, write_table
 from amoeba_deploy.profiles.workload import Workload
 from amoeba_deploy.shape import Shape
 
-_MODULES: tuple[str, ...] = ()
-"""Modules of this package that define a ``READER``."""
 _KEPT = ("machine", "engines", "context", "test", "device_facts", "items")
 
 
@@ -93,8 +90,7 @@ class TableReader:
 def readers() -> Iterator[Reader]:
     """Every reader, our own form's first."""
     yield TableReader()
-    for name in _MODULES:
-        yield import_module(f"amoeba_deploy.profiles.{name}").READER
+    yield from FOREIGN
 
 
 def read_measurements(file: Path, told: Told) -> tuple[Table, str]:

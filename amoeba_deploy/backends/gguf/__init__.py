@@ -63,7 +63,9 @@ class GgufBackend(Backend):
         hidden_multiple={"q8_0": 32, "q4_0": 32},
     )
     settings: ClassVar[Mapping[str, Setting]] = {
-        "tokenizer": Setting("include", "whether the file holds the tokenizer, for chatting with it", ("include", "none"))
+        "tokenizer": Setting(
+            "include", "whether the file holds the tokenizer, for chatting with it", ("include", "none")
+        )
     }
 
     def block_sizes(self, plan: Plan, architecture: Architecture, multiple: int) -> tuple[BlockSizes, ...]:
@@ -126,7 +128,11 @@ class GgufBackend(Backend):
                 write(float_file, kind=_float_type(model))
                 quantise(float_file, target, precision)
         written = GgufFile(target)
-        facts = {"architecture": arch.name, "tensor_types": written.types(), "bits_per_weight": round(written.bits(), 4)}
+        facts = {
+            "architecture": arch.name,
+            "tensor_types": written.types(),
+            "bits_per_weight": round(written.bits(), 4),
+        }
         return Artefact(output, precision, (), (*notes, *fallbacks(written, precision)), facts)
 
     def open(

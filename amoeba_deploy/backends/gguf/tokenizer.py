@@ -84,7 +84,9 @@ class Vocabulary:
         try:
             library()
         except (ToolchainMissing, ImportError):
-            return ("llama-cpp-python is not installed, so the tokenizer in the file was not compared with the model's",)
+            return (
+                "llama-cpp-python is not installed, so the tokenizer in the file was not compared with the model's",
+            )
         with tempfile.TemporaryDirectory(prefix="amoeba-gguf-") as work:
             file = Path(work) / "vocabulary.gguf"
             write_file(file, arch, {**sizes, **self.entries}, model, [], "F32")
