@@ -1,7 +1,8 @@
 """Chats: a question in the form that a model was taught, by its own chat template.
 
-The template is rendered by transformers, exactly as ``apply_chat_template(add_generation_prompt=True)`` does it, and
-encoded by the folder's ``tokenizer.json`` with no special tokens added: the template wrote them already.
+The template is rendered and encoded by transformers, so the ids are those of
+``apply_chat_template(add_generation_prompt=True)``; no special tokens are added to those that the template wrote. For a
+few tokenizer classes (``LlamaTokenizer``) transformers 5 splits texts otherwise than ``tokenizer.json`` alone would.
 """
 
 from __future__ import annotations
@@ -51,8 +52,7 @@ def render_chat(folder: Path, prompt: str, system: str | None = None) -> Chat:
     templates, tokenizer = _chat_tokenizer(folder), load_tokenizer(folder)
     messages = [] if system is None else [{"role": "system", "content": system}]
     messages.append({"role": "user", "content": prompt})
-    text = _rendered(folder, templates, messages, add_generation_prompt=True)
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+    ids: list[int] = _applied(folder, templates, messages, add_generation_prompt=True, return_dict=False)
     if not ids:
         raise BadInput(f"{folder}: its chat template makes no text of the prompt; leave out --chat")
     ends = {getattr(templates, "eos_token", None), *_named_ends(folder)}
@@ -76,9 +76,9 @@ def _chat_tokenizer(folder: Path) -> Any:
             raise BadInput(f"{folder}: transformers cannot load its tokenizer ({_first_line(error)})") from None
 
 
-def _rendered(folder: Path, templates: Any, messages: list[dict[str, str]], **options: Any) -> str:
+def _applied(folder: Path, templates: Any, messages: list[dict[str, str]], **options: Any) -> Any:
     try:
-        return str(templates.apply_chat_template(messages, tokenize=False, **options))
+        return templates.apply_chat_template(messages, **options)
     except Exception as error:  # a template raises what it likes
         hint = "leave out --system" if messages[0]["role"] == "system" else "leave out --chat"
         raise BadInput(f"{folder}: its chat template refuses this ({_first_line(error)}); {hint}") from None
@@ -100,7 +100,8 @@ def _named_ends(folder: Path) -> list[Any]:
 def _end_of_turn(folder: Path, templates: Any, tokenizer: Tokenizer, messages: list[dict[str, str]]) -> int | None:
     """The special token that the template puts right after an answer, or None where it puts none there."""
     try:
-        text = _rendered(folder, templates, [*messages, {"role": "assistant", "content": _ANSWER}])
+        answered = [*messages, {"role": "assistant", "content": _ANSWER}]
+        text: str = _applied(folder, templates, answered, tokenize=False)
     except BadInput:
         return None  # a template that renders questions alone
     rest = text.rpartition(_ANSWER)[2].lstrip()

@@ -112,6 +112,14 @@ def test_a_chat_is_rendered_as_transformers_renders_it(folder: Path, place: str,
     assert byte_tokenizer().decode(ids, skip_special_tokens=False).endswith("<|im_start|>assistant\n")
 
 
+@pytest.mark.parametrize("kind", ["LlamaTokenizer", "TokenizersBackend"])
+def test_a_class_that_splits_texts_its_own_way_is_followed(stories: Path, kind: str) -> None:
+    config = {"tokenizer_class": kind, "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    asked = "{{ bos_token }}{% for message in messages %}[INST] {{ message['content'] }} [/INST]{% endfor %}"
+    write_json(stories / "tokenizer_config.json", config | {"chat_template": asked})
+    assert render_chat(stories, QUESTION).ids == transformers_ids(stories, None)
+
+
 def test_the_token_that_ends_a_turn_of_the_template_ends_the_answer(folder: Path) -> None:
     assert stop_tokens(folder) == {END, MESSAGE}
     assert render_chat(folder, QUESTION).stops == {END, TURN}
