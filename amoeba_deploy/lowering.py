@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,14 @@ def lower_plan(
     empty folder ``work``, in the model's own dtype, and the backend stores weights its own way. Blocks of different
     widths are left so where the backend takes them, and padded to sizes that it takes where it does not.
     """
-    dtype = backend.weight_dtype(precision)
+    dtype = backend.folder_dtype(precision, options)
     dense = output if dtype else work
-    layout: Layout = "ragged" if plan.is_ragged and "ragged" in backend.layouts() else "uniform"
-    sizes = checkpoint.architecture
+    sizes, learnt, facts = checkpoint.architecture, checkpoint.learnt(plan), checkpoint.origin()
+    held = sizes if learnt.biases is None else replace(sizes, output_bias=True, mlp_bias=True)
+    takes_ragged = "ragged" in backend.layouts_for(held, precision, options)
+    layout: Layout = "ragged" if plan.is_ragged and takes_ragged else "uniform"
     multiple = backend.takes.steps(sizes, 1, precision).multiple
     blocks = backend.block_sizes(plan, sizes, multiple) if layout == "ragged" else None
-    learnt, facts = checkpoint.learnt(plan), checkpoint.origin()
     # Engines point into one file of weights, whatever its size.
     wanted: dict[str, Any] = {"dtype": dtype, "layout": layout, "blocks": blocks, "learnt": learnt, "facts": facts}
     extract(checkpoint.model, plan, dense, shard_bytes=sys.maxsize, **wanted)

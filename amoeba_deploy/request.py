@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from amoeba_deploy import families
 from amoeba_deploy.architecture import Architecture
-from amoeba_deploy.backends import takes_of
+from amoeba_deploy.backends import load_backend, takes_of
+from amoeba_deploy.backends.backend import BuildOptions
 from amoeba_deploy.checkpoint import Checkpoint
 from amoeba_deploy.errors import BadInput, LatencyUnknown
 from amoeba_deploy.export import Export, Order, Phases, export
@@ -90,6 +92,24 @@ class Space:
                 )
         return plan
 
+    def refusal(self, shape: str | None, flow: str, precision: str, options: BuildOptions) -> str | None:
+        """Why a backend takes none of the shapes, or not the one that is asked for, as half a sentence, or None."""
+        steps, backend = self.steps(flow, precision), load_backend(flow)
+        shapes: Sequence[Shape] = self.shapes(steps) if shape is None else ()
+        subnets = (self.sized(candidate, steps).padded for candidate in shapes)
+        if shape is not None and self.checkpoint is not None:
+            try:
+                subnets = (plan.subnet(self.architecture) for plan in [self.plan(shape, flow, precision)])
+            except BadInput:
+                return None  # said where the plan is asked for again
+        first = None
+        for subnet in subnets:
+            refused = families.refusal(subnet) or backend.refusal(subnet, precision, options)
+            if not refused:
+                return None
+            first = first or refused
+        return first
+
     def _nearest(self, block: BlockPlan, flow: str, precision: str) -> tuple[int, int]:
         full = self.architecture
         ratios = Fraction(len(block.kv_heads), full.kv_heads), Fraction(len(block.neurons), full.neurons)
@@ -155,6 +175,7 @@ class Request:
                 workload,
                 context,
                 dict(asked.get("settings") or ()),
+                partial(space.refusal, shape),
             )
             if shape is not None and space.checkpoint is not None:
                 for flow, precision in target.pairs:

@@ -1,7 +1,7 @@
 """What to search on: a device with its flows and precisions, and where the latencies come from.
 
 Where the user names neither flow nor precision, the first of the device's own preferences that this installation can
-lower is taken, and it is said why earlier ones were passed over.
+lower, and that takes any of the shapes, is taken; it is said why earlier ones were passed over.
 """
 
 from __future__ import annotations
@@ -53,17 +53,38 @@ def ready_backend(flow: str) -> Backend:
     return backend
 
 
-def _first_ready(device: Device, precisions: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
-    """The device's first preference that can be lowered here (in one of ``precisions``, if any), and remarks."""
-    remarks = []
+Refuses = Callable[[str, str, BuildOptions], str | None]
+"""Why a flow in a precision takes no shape at all, as half a sentence, or None."""
+
+
+def _takes_any(_flow: str, _precision: str, _options: BuildOptions) -> str | None:
+    return None
+
+
+def _first_ready(
+    device: Device, precisions: Sequence[str], options: Callable[[str], BuildOptions], refuses: Refuses
+) -> tuple[list[tuple[str, str]], list[str]]:
+    """The device's first preference that can be lowered here (in one of ``precisions``, if any), and remarks.
+
+    One that takes no shape at all is passed over too.
+    """
+    remarks, refused = [], False
     for preference in device.flows:
+        passed_over = f"passed over {preference.flow} {'/'.join(precisions) or preference.precision}"
         try:
             backend = ready_backend(preference.flow)
             wanted = [backend.takes.own_name(p) for p in precisions or [preference.precision]]
             for precision in wanted:
                 check_precision(backend, precision)
         except AmoebaError as error:
-            remarks.append(f"passed over {preference.flow} {'/'.join(precisions) or preference.precision}: {error}")
+            remarks.append(f"{passed_over}: {error}")
+            continue
+        reasons = [refuses(preference.flow, precision, options(preference.flow)) for precision in wanted]
+        if all(reasons):
+            remarks.append(
+                f"passed over {preference.flow} {'/'.join(precisions) or preference.precision}: {reasons[0]}"
+            )
+            refused = True
             continue
         return [(preference.flow, precision) for precision in wanted], remarks
     listed = ", ".join(f"{p.flow} {p.precision}" for p in device.flows)
@@ -72,6 +93,8 @@ def _first_ready(device: Device, precisions: Sequence[str]) -> tuple[list[tuple[
         raise BadInput(
             f"no flow of this installation has the precision {', '.join(precisions)}; known are {', '.join(known)}"
         )
+    if refused:
+        raise BadInput(f"nothing that '{device.name}' lists takes this model ({listed}); {remarks[0]}")
     raise ToolchainMissing(f"nothing that '{device.name}' lists can be lowered here ({listed}); {remarks[0]}")
 
 
@@ -86,15 +109,19 @@ def resolve_target(
     workload: Workload,
     context: int,
     settings: Mapping[str, str] | None = None,
+    refuses: Refuses = _takes_any,
 ) -> Target:
     """The (flow, precision) pairs to search over.
+
+    ``refuses`` is asked of the device's own preferences, where no flow is named.
 
     Raises:
         BadInput: a flow or precision is not known.
         ToolchainMissing: a flow's toolchain is not installed.
     """
     if not flows:
-        first, remarks = _first_ready(device, precisions)
+        asked = Target(device, (), workload, context, (), dict(settings or {}))
+        first, remarks = _first_ready(device, precisions, asked.options, refuses)
         return _checked(Target(device, tuple(first), workload, context, tuple(remarks), dict(settings or {})))
     pairs: list[tuple[str, str]] = []
     for flow in flows:
@@ -188,7 +215,7 @@ def search_target(
     for flow, precision in pairs:
         backend, options = load_backend(flow), target.options(flow)
         shapes, own_sizes = choices(flow, precision)
-        sizes_of = partial(_built_sizes, own_sizes, "ragged" in backend.layouts())
+        sizes_of = partial(_built_sizes, own_sizes, "ragged" in backend.layouts_for(architecture, precision, options))
         predict = predictor(target, sizes_of, architecture.digest, flow, precision, table)
         if table is not None and (flow, precision) not in table.flows(target.workload):
             asked = f"batch {target.workload.batch}, prompt {target.workload.prompt}, tokens {target.workload.tokens}"

@@ -44,6 +44,8 @@ NUMPY_OF = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
+_WRITTEN = NUMPY_OF | {"F8_E4M3": np.uint8}
+"""Written as raw bytes too; such a tensor is not read, for its bytes would be taken for whole numbers."""
 CONFIG_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 """How a config spells the dtypes of weights, and how a safetensors header does."""
 
@@ -276,7 +278,7 @@ class TensorSource:
     @property
     def length(self) -> int:
         """Bytes that it takes."""
-        return math.prod(self.shape) * np.dtype(NUMPY_OF[self.dtype]).itemsize
+        return math.prod(self.shape) * np.dtype(_WRITTEN[self.dtype]).itemsize
 
 
 def made_source(dtype: str, shape: tuple[int, ...], values: Callable[[], Array]) -> TensorSource:

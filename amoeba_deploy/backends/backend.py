@@ -168,6 +168,10 @@ class Backend(ABC):
         """The layouts of a subnet that it lowers: ``uniform``, and ``ragged`` where blocks may differ in size."""
         return ("uniform", "ragged") if self.takes.varying else ("uniform",)
 
+    def layouts_for(self, subnet: Architecture, precision: str, options: BuildOptions) -> tuple[Layout, ...]:
+        """Those of ``layouts`` that hold this very subnet, where that depends on its sizes or on what is built."""
+        return self.layouts()
+
     def block_sizes(self, plan: Plan, architecture: Architecture, multiple: int) -> tuple[BlockSizes, ...] | None:
         """The sizes that it wants a ragged plan's blocks padded to, neurons in multiples; None where it takes any."""
         return None
@@ -195,6 +199,10 @@ class Backend(ABC):
     def weight_dtype(self, precision: str) -> str | None:
         """The dtype of the folder that it can use in place as an artefact, or None where it stores weights its way."""
         return None
+
+    def folder_dtype(self, precision: str, options: BuildOptions) -> str | None:
+        """``weight_dtype``, where that depends on what is built."""
+        return self.weight_dtype(precision)
 
     @abstractmethod
     def tolerance(self, precision: str) -> float:

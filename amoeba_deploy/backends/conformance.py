@@ -152,7 +152,7 @@ class Conformance:
     def lowered(self, model: ModelFolder, folder: Path, precision: str) -> Path:
         """The artefact of a model; a model whose weights are used in place is copied into the artefact's folder."""
         folder.mkdir(exist_ok=True)
-        dtype = self.backend.weight_dtype(precision)
+        dtype = self.backend.folder_dtype(precision, self.options)
         if dtype:
             copy_model(model, folder, dtype)
             model = ModelFolder(folder)

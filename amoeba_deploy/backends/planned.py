@@ -8,7 +8,7 @@ from amoeba_deploy.architecture import Architecture
 from amoeba_deploy.backends.backend import Artefact, Backend, BuildOptions, Engine, Toolchain
 from amoeba_deploy.backends.takes import Takes
 from amoeba_deploy.errors import ToolchainMissing
-from amoeba_deploy.extraction.native_layouts import deci_blocks, gguf_arrays
+from amoeba_deploy.extraction.native_layouts import gguf_arrays
 from amoeba_deploy.extraction.ragged import BlockSizes
 from amoeba_deploy.model_folder import ModelFolder
 from amoeba_deploy.plan import Plan
@@ -22,8 +22,6 @@ class Planned(Backend):
         self.takes, self.flow = takes, takes.flow  # type: ignore[misc]
 
     def block_sizes(self, plan: Plan, architecture: Architecture, multiple: int) -> tuple[BlockSizes, ...] | None:
-        if self.flow == "tensorrt-llm":
-            return deci_blocks(plan, architecture, multiple).blocks
         return gguf_arrays(plan, multiple).blocks if self.flow == "gguf" else None
 
     def storage(self, precision: str) -> StorageFormat:
