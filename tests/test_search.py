@@ -280,7 +280,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def answer(config: Path) -> Answer:
     """The best shape of LLaMA2-7B in int4 that gives a token in 40 ms on an Orin NX."""
-    return found_by("--config", config, "--device", "orin-nx", "--precision", "int4", "--latency", "40ms")
+    asked = ("--device", "orin-nx", "--flow", "onnx", "--precision", "int4", "--latency", "40ms")
+    return found_by("--config", config, *asked)
 
 
 def kept(width: Fraction) -> tuple[int, int]:

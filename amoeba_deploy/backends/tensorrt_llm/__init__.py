@@ -38,7 +38,10 @@ _PACKAGES = ("tensorrt_llm", "tensorrt")
 _INSTALL = "pip install tensorrt-llm (on a machine with an NVIDIA GPU)"
 _BITS = {"fp16": 16.0, "bf16": 16.0, "fp8": 8.0, "w8a16": 8.125, "w4a16": 4.125}
 """Scales included: at most one float16 for 128 weights."""
-_TOLERANCES = {"fp16": 0.02, "bf16": 0.05, "fp8": 0.2, "w8a16": 0.05, "w4a16": 0.5}
+_TOLERANCES = {"fp16": 0.02, "bf16": 0.05, "fp8": 0.3, "w8a16": 0.06, "w4a16": 0.7}
+"""Of the unquantised subnet's largest logit, since its tokens are the self-test's. Seen with weights rounded as
+TensorRT-LLM does, the most of three models: 0.004 computing in float16, 0.027 in bfloat16; 0.13 fp8, where activations
+are rounded too, 0.036 with 8 bits, 0.60 with 4 bits, one scale an output."""
 _CANNOT_RUN = "TensorRT-LLM engines run on NVIDIA GPUs, by TensorRT-LLM's own tools"
 
 

@@ -36,7 +36,7 @@ def e4m3(numbers: NDArray[np.float32]) -> NDArray[np.uint8]:
     """Numbers of at most 448 in float8 E4M3 (4 bits of exponent, 3 of fraction), rounded to nearest even."""
     size = np.minimum(np.abs(numbers), np.float32(LARGEST))
     # Below 2^-6 the steps stay 2^-9: subnormal numbers.
-    exponent = np.maximum(np.frexp(size)[1] - 1, -6)
+    exponent = np.where(size < 2.0**-6, -6, np.frexp(size)[1] - 1)
     steps = np.rint(np.ldexp(size, 3 - exponent)).astype(np.int32)  # 8 to 16 of them, fewer below 2^-6
     # 16 steps are 8 of the next exponent, which the sum carries by itself.
     code = ((exponent + 6) << 3) + steps

@@ -62,11 +62,7 @@ def serving_steps(options: BuildOptions) -> tuple[Step, ...]:
     run = ("--backend", "pytorch", flag, f"engine/{BENCH}", "--max_seq_len", str(options.context))
     return (
         *bench_steps(options, "engine", run),
-        Step(
-            "serve it on port 8000",
-            ("trtllm-serve", "engine", flag, f"engine/{SERVE}", "--port", "8000"),
-            needs(options),
-        ),
+        Step("serve it on port 8000", (*serve, flag, f"engine/{SERVE}"), needs(options)),
     )
 
 
