@@ -17,6 +17,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import pytest
 import torch
@@ -41,10 +42,10 @@ from amoeba_deploy.checkpoint import Checkpoint, create_checkpoint
 from amoeba_deploy.errors import AmoebaError, BadInput, ToolchainMissing, VerificationFailed
 from amoeba_deploy.extraction.folder import copy_model, extract
 from amoeba_deploy.extraction.native_layouts import deci_blocks
-from amoeba_deploy.families import read_architecture
-from amoeba_deploy.model_folder import ModelFolder, read_config
+from amoeba_deploy.model_folder import ModelFolder
 from amoeba_deploy.plan import Plan, block_plan
 from amoeba_deploy.profiles.device import load_device
+from amoeba_deploy.request import Space
 from amoeba_deploy.selection import write_selection
 from amoeba_deploy.shape import Shape
 from amoeba_deploy.tensors import as_float32, from_float32
@@ -943,11 +944,18 @@ def test_a_default_flow_that_takes_some_shapes_is_taken(tmp_path: Path) -> None:
         "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32000}))  # fmt: skip
     done = amoeba("search", "--config", file, "--device", "orin-nx", "--latency", "40ms", "--json")
     assert done.exit_code == 0, done.stderr
-    assert (json.loads(done.stdout)["flow"], json.loads(done.stdout)["remarks"]) == ("tensorrt-llm", [])
-    shape = json.loads(done.stdout)["shape"]
-    neurons = round(shape["width"] * 11008)
-    assert TENSORRT.takes.steps(read_architecture(read_config(tmp_path)), 32, "w4a16").multiple == 64
-    assert neurons > 0
+    found = json.loads(done.stdout)
+    assert (found["flow"], found["precision"], found["remarks"]) == ("tensorrt-llm", "w4a16", [])
+    space = Space.of_config(file)
+    steps = space.steps("tensorrt-llm", "w4a16")
+    legal = [
+        shape
+        for shape in space.shapes(steps)
+        if TENSORRT.refusal(space.sized(shape, steps).padded, "w4a16", options("sm_87")) is None
+    ]
+    assert found["considered"] == len(legal) > 0
+    assert len(legal) < len(space.shapes(steps))
+    assert all(space.sized(shape, steps).padded.neurons % 128 == 0 for shape in legal)
 
 
 def test_where_every_preference_refuses_the_model_the_first_reason_is_said(tmp_path: Path) -> None:
@@ -1062,6 +1070,8 @@ def test_form_b_is_exported_to_a_bundle_with_steps_and_a_self_test(source: Check
     assert manifest["identity"]["chip"] == "sm_90"
     assert manifest["identity"]["more"]["tp"] == "2"
     assert manifest["engine"]["form"] == "B"
+    schema = json.loads((Path(__file__).parent.parent / "docs/schemas/manifest.schema.json").read_text())
+    jsonschema.validate(manifest, schema)
     assert manifest["settings"] == {"form": "B", "tp": "2", "pp": "2", "release": "1.2", "jetpack": "7.2"}
     files = set(manifest["files"])
     assert {f"engine/checkpoint/rank{rank}.safetensors" for rank in range(4)} | {

@@ -11,11 +11,12 @@ from typing import Any
 
 from amoeba_deploy.architecture import Architecture
 from amoeba_deploy.backends import load_backend
+from amoeba_deploy.backends.backend import options_for
 from amoeba_deploy.errors import AmoebaError, LatencyUnknown
 from amoeba_deploy.extraction.ragged import Layout, plan_sizes
 from amoeba_deploy.plan import Plan
 from amoeba_deploy.precision import StorageFormat
-from amoeba_deploy.profiles.device import Device
+from amoeba_deploy.profiles.device import LOCAL, Device
 from amoeba_deploy.profiles.prediction import Prediction
 from amoeba_deploy.profiles.roofline import estimate
 from amoeba_deploy.profiles.workload import DEFAULT_CONTEXT, Workload
@@ -79,9 +80,12 @@ def layout_cost(plan: Plan, architecture: Architecture, device: Device) -> Layou
         except AmoebaError:
             continue
         precision = backend.takes.own_name(precision)
-        if precision not in backend.precisions() or "ragged" not in backend.layouts():
+        if precision not in backend.precisions():
             continue
-        if backend.takes.refusal(plan.subnet(architecture), precision) is None:
+        options = options_for(backend, context, 1, None if device.name == LOCAL else device.architecture)
+        if "ragged" not in backend.layouts_for(architecture, precision, options):
+            continue
+        if backend.refusal(plan.subnet(architecture), precision, options) is None:
             storage = backend.storage(precision)
             found = ragged_cost(plan, architecture, storage, device, flow, precision, workload, context)
             return LayoutCost(device.name, flow, precision, found)
