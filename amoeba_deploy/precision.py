@@ -19,6 +19,8 @@ class StorageFormat:
     other_bits: float
     cache_bytes: int
     activation_bytes: int
+    head_bits: float | None = None
+    """Of the output head, where that is not stored like the other matrices."""
 
     def block_bytes(self, architecture: Architecture) -> float:
         """Bytes of one block's weights."""
@@ -27,7 +29,8 @@ class StorageFormat:
 
     def head_bytes(self, architecture: Architecture) -> float:
         """Bytes of the output head, which decoding reads whole for every token, and of the final norm."""
-        return (architecture.embedding_parameters * self.matrix_bits + architecture.hidden * self.other_bits) / 8
+        bits = self.matrix_bits if self.head_bits is None else self.head_bits
+        return (architecture.embedding_parameters * bits + architecture.hidden * self.other_bits) / 8
 
     def embedding_bytes(self, architecture: Architecture) -> float:
         """Bytes of an embedding table stored beside the head: none where the two are tied."""

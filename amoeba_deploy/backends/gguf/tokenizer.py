@@ -69,6 +69,8 @@ class Vocabulary:
     entries: Mapping[str, Any]
     tokenizer: Tokenizer
     specials: tuple[str, ...]
+    metaspace: bool
+    """Whether a space in front is left out where a text begins with one; llama.cpp always adds it."""
 
     def check(self, model: ModelFolder, arch: str, sizes: Mapping[str, Any]) -> tuple[str, ...]:
         """Let llama.cpp tokenise with these keys; returns notes on what is not quite the same.
@@ -84,27 +86,35 @@ class Vocabulary:
         try:
             library()
         except (ToolchainMissing, ImportError):
-            return ("llama-cpp-python is not installed, so the tokenizer in the file was not compared with the model's",)
+            return (
+                "llama-cpp-python is not installed, so the tokenizer in the file was not compared with the model's",
+            )
         with tempfile.TemporaryDirectory(prefix="amoeba-gguf-") as work:
             file = Path(work) / "vocabulary.gguf"
             write_file(file, arch, {**sizes, **self.entries}, model, [], "F32")
             loaded = load(file, vocab_only=True)
         try:
             for text in PROBES:
-                own, found = self.tokenizer.encode(text).ids, _ids(loaded, text)
-                if own != found:
-                    at = next((i for i, (a, b) in enumerate(zip(own, found)) if a != b), min(len(own), len(found)))
-                    raise BadInput(
-                        f"{model.path}: llama.cpp tokenises {text[:24]!r} otherwise than its tokenizer.json (from token "
-                        f"{at} on: {found[at : at + 3]} for {own[at : at + 3]}); {_WITHOUT}"
-                    )
-            around = [f"Hello{special}world {special} again" for special in self.specials]
-            other = [text for text in around if self.tokenizer.encode(text).ids != _ids(loaded, text)]
+                self._compare(model, loaded, text.lstrip(" ") if self.metaspace else text)
+            doubtful = [f"Hello{special}world {special} again" for special in self.specials]
+            doubtful += [" begins with a space"] if self.metaspace else []
+            other = [text for text in doubtful if self.tokenizer.encode(text).ids != _ids(loaded, text)]
         finally:
             library().llama_model_free(loaded)
         if other:
-            return (f"text around special tokens is tokenised otherwise by llama.cpp, such as {other[0]!r}",)
+            said = " and ".join(repr(text) for text in other[:: max(len(other) - 1, 1)])
+            return (f"llama.cpp tokenises some text otherwise than tokenizer.json does, such as {said}",)
         return ()
+
+    def _compare(self, model: ModelFolder, loaded: Any, text: str) -> None:
+        own, found = self.tokenizer.encode(text).ids, _ids(loaded, text)
+        if own == found:
+            return
+        at = next((i for i, (a, b) in enumerate(zip(own, found, strict=False)) if a != b), min(len(own), len(found)))
+        raise BadInput(
+            f"{model.path}: llama.cpp tokenises {text[:64]!r} otherwise than its tokenizer.json (from token {at} on: "
+            f"{found[at : at + 3]} for {own[at : at + 3]}); {_WITHOUT}"
+        )
 
 
 def _ids(loaded: Any, text: str) -> list[int]:
@@ -139,7 +149,8 @@ def vocabulary(model: ModelFolder) -> Vocabulary | None:
     if template:
         entries["tokenizer.chat_template"] = template
     specials = tuple(sorted(tokens[i] for i, kind in enumerate(kinds) if kind == _CONTROL))
-    return Vocabulary(entries, tokenizer, specials[:8])
+    metaspace = (spec.get("pre_tokenizer") or {}).get("type") == "Metaspace"
+    return Vocabulary(entries, tokenizer, specials[:8], metaspace)
 
 
 def _tokens(
