@@ -16,7 +16,7 @@ from amoeba_deploy.profiles.workload import Workload
 def entry(prompt: int, generated: int, samples: list[int], depth: int = 0, **changes: Any) -> dict[str, Any]:
     """One test with every entry that llama-bench writes."""
     tokens = prompt + generated
-    speeds = [1e9 * tokens / sample for sample in samples]
+    speeds = [1e9 * tokens / max(sample, 1) for sample in samples]
     return {
         "build_commit": "6c2ad3a",
         "build_number": 9999,
@@ -56,9 +56,9 @@ def entry(prompt: int, generated: int, samples: list[int], depth: int = 0, **cha
         "n_gen": generated,
         "n_depth": depth,
         "test_time": "2026-11-24T18:00:00Z",
-        "avg_ns": sum(samples) // len(samples),
+        "avg_ns": sum(samples) // max(len(samples), 1),
         "stddev_ns": 1000,
-        "avg_ts": sum(speeds) / len(speeds),
+        "avg_ts": sum(speeds) / max(len(speeds), 1),
         "stddev_ts": 0.5,
         "samples_ns": samples,
         "samples_ts": speeds,

@@ -72,12 +72,12 @@ def load(path: Path, vocab_only: bool = False) -> Any:
 class GgufEngine:
     """A model and a context of llama.cpp; keys, values and scores in float32, no flash attention."""
 
-    def __init__(self, path: Path, threads: int | None, context: int, batch: int) -> None:
+    def __init__(self, path: Path, threads: int | None, context: int | None, batch: int) -> None:
         llama = self._llama = library()
         self._model, self._context = load(path), None
-        self._limit, self._batch = context, batch
+        self._limit, self._batch = context or int(llama.llama_model_n_ctx_train(self._model)), batch
         parameters = llama.llama_context_default_params()
-        parameters.n_ctx = context * batch
+        parameters.n_ctx = self._limit * batch
         parameters.n_seq_max = batch
         parameters.n_batch = parameters.n_ubatch = BATCH
         parameters.n_threads = parameters.n_threads_batch = threads or default_threads()

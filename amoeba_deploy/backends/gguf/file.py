@@ -8,10 +8,9 @@ shape (fastest axis first), type and offset, then the data, every tensor at a mu
 from __future__ import annotations
 
 import math
-import os
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,9 +156,7 @@ class GgufFile:
                 )
                 for tensor in reader.tensors
             }
-            self.entries = {
-                name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")
-            }
+            self.architecture = str(reader.fields["general.architecture"].contents())
         except Exception as error:  # whatever numpy and gguf raise on bytes that are none of theirs
             raise BadInput(f"{path}: is no whole GGUF file ({error!r:.100}); build it again") from None
         self.path = path
@@ -198,14 +195,3 @@ class GgufFile:
                 _align(stream)
                 stream.write(tensor.values().data)
             _align(stream)
-
-
-def replaced(source: Path, target: Path, work: Callable[[Path, Path], None]) -> None:
-    """Make ``target`` from ``source`` and remove the source, whatever happens; a failed target is removed too."""
-    try:
-        work(source, target)
-    except BaseException:
-        target.unlink(missing_ok=True)
-        raise
-    finally:
-        os.unlink(source)

@@ -69,6 +69,8 @@ class Vocabulary:
     entries: Mapping[str, Any]
     tokenizer: Tokenizer
     specials: tuple[str, ...]
+    metaspace: bool
+    """Whether a space in front is left out where a text begins with one; llama.cpp always adds it."""
 
     def check(self, model: ModelFolder, arch: str, sizes: Mapping[str, Any]) -> tuple[str, ...]:
         """Let llama.cpp tokenise with these keys; returns notes on what is not quite the same.
@@ -93,20 +95,26 @@ class Vocabulary:
             loaded = load(file, vocab_only=True)
         try:
             for text in PROBES:
-                own, found = self.tokenizer.encode(text).ids, _ids(loaded, text)
-                if own != found:
-                    at = next((i for i, (a, b) in enumerate(zip(own, found)) if a != b), min(len(own), len(found)))
-                    raise BadInput(
-                        f"{model.path}: llama.cpp tokenises {text[:24]!r} otherwise than its tokenizer.json (from token "
-                        f"{at} on: {found[at : at + 3]} for {own[at : at + 3]}); {_WITHOUT}"
-                    )
-            around = [f"Hello{special}world {special} again" for special in self.specials]
-            other = [text for text in around if self.tokenizer.encode(text).ids != _ids(loaded, text)]
+                self._compare(model, loaded, text.lstrip(" ") if self.metaspace else text)
+            doubtful = [f"Hello{special}world {special} again" for special in self.specials]
+            doubtful += [" begins with a space"] if self.metaspace else []
+            other = [text for text in doubtful if self.tokenizer.encode(text).ids != _ids(loaded, text)]
         finally:
             library().llama_model_free(loaded)
         if other:
-            return (f"text around special tokens is tokenised otherwise by llama.cpp, such as {other[0]!r}",)
+            said = " and ".join(repr(text) for text in other[:: max(len(other) - 1, 1)])
+            return (f"llama.cpp tokenises some text otherwise than tokenizer.json does, such as {said}",)
         return ()
+
+    def _compare(self, model: ModelFolder, loaded: Any, text: str) -> None:
+        own, found = self.tokenizer.encode(text).ids, _ids(loaded, text)
+        if own == found:
+            return
+        at = next((i for i, (a, b) in enumerate(zip(own, found, strict=False)) if a != b), min(len(own), len(found)))
+        raise BadInput(
+            f"{model.path}: llama.cpp tokenises {text[:64]!r} otherwise than its tokenizer.json (from token {at} on: "
+            f"{found[at : at + 3]} for {own[at : at + 3]}); {_WITHOUT}"
+        )
 
 
 def _ids(loaded: Any, text: str) -> list[int]:
@@ -141,7 +149,8 @@ def vocabulary(model: ModelFolder) -> Vocabulary | None:
     if template:
         entries["tokenizer.chat_template"] = template
     specials = tuple(sorted(tokens[i] for i, kind in enumerate(kinds) if kind == _CONTROL))
-    return Vocabulary(entries, tokenizer, specials[:8])
+    metaspace = (spec.get("pre_tokenizer") or {}).get("type") == "Metaspace"
+    return Vocabulary(entries, tokenizer, specials[:8], metaspace)
 
 
 def _tokens(

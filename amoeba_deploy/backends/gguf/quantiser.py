@@ -68,13 +68,15 @@ def fallbacks(found: GgufFile, precision: str) -> tuple[str, ...]:
     """A sentence for each type that the precision does not name, in which matrices are nevertheless, with the reason."""
     wanted = PLANNED.get(precision, ())
     matrices = [tensor for tensor in found.tensors.values() if len(tensor.shape) > 1]
-    groups: dict[tuple[str, int], list[str]] = {}
-    for tensor in matrices if wanted else ():
-        if tensor.kind not in wanted:
-            groups.setdefault((tensor.kind, tensor.shape[-1]), []).append(tensor.name.split(".")[-2])
-    block = max((BLOCKS[kind] for kind in wanted), default=1)
-    return tuple(
-        f"{len(stems)} of {len(matrices)} matrices are in {kind} instead of {' or '.join(wanted)}, because their rows of "
-        f"{length} are no multiple of {block}: {', '.join(sorted(set(stems)))}"
-        for (kind, length), stems in groups.items()
-    )
+    others = [tensor for tensor in matrices if wanted and tensor.kind not in wanted]
+    largest = max((BLOCKS[kind] for kind in wanted), default=1)
+    said = []
+    for kind in sorted({tensor.kind for tensor in others}):
+        found_in = [tensor for tensor in others if tensor.kind == kind]
+        lengths = " or ".join(str(length) for length in sorted({tensor.shape[-1] for tensor in found_in}))
+        stems = ", ".join(sorted({tensor.name.split(".")[-2] for tensor in found_in}))
+        said.append(
+            f"{len(found_in)} of {len(matrices)} matrices are in {kind} instead of {' or '.join(wanted)}, because their "
+            f"rows of {lengths} are no multiple of {32 if kind == 'F16' else largest}: {stems}"
+        )
+    return tuple(said)
