@@ -123,6 +123,16 @@ def test_rows_of_different_lengths_agree_with_transformers(name: str, models: Mo
     assert np.abs(fed(engine, ids, 9) - fed(reference, ids, 9)).max() < 1e-4
 
 
+@pytest.mark.parametrize("kind", ["linear", "yarn"])
+def test_scaled_rotary_positions_agree_with_transformers(kind: str, tmp_path: Path) -> None:
+    rope = {"rope_type": kind, "rope_theta": 5000.0, "factor": 4.0}
+    rope |= {"original_max_position_embeddings": 32} if kind == "yarn" else {}
+    model = save_random_model(tmp_path / "model", "llama", rope_parameters=rope)
+    ids = np.random.default_rng(3).integers(0, 128, (1, 100))
+    engine = OPENVINO.open(lowered(model, tmp_path / "engine"), "fp32")
+    assert np.abs(fed(engine, ids, 80) - fed(transformers(model), ids, 80)).max() < 1e-4
+
+
 # What OpenVINO rounds unless told otherwise
 
 
@@ -335,7 +345,7 @@ def test_a_wrong_scale_or_zero_point_is_caught(part: str, models: Models, tmp_pa
     ("changes", "precision", "reason"),
     [
         ({"family": "mistral", "sliding_window": 64}, "fp32", "sliding window of 64"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "fp32", "scaling 'yarn'"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}}, "fp32", "scaling 'dynamic'"),
         ({"hidden_size": 80, "num_attention_heads": 5, "num_key_value_heads": 5}, "int4", "hidden size 80"),
     ],
 )

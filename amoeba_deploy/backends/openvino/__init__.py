@@ -41,6 +41,8 @@ from amoeba_deploy.precision import StorageFormat
 
 _INSTALL = "pip install 'amoeba-deploy[openvino]'"
 _COMPRESSED = ("int8", "int4")
+_ONE = dict.fromkeys(("fp32", "bf16", "int8"), 1)
+"""Precisions in which rows of any length will do."""
 _ROW = 768
 """Inputs of a typical row, over which its 24 bits of scale and zero point are spread in estimates."""
 
@@ -53,12 +55,12 @@ class OpenvinoBackend(Backend):
         "openvino",
         ("fp32", "bf16", "int8", "int4"),
         traits=frozenset({"constant scaling"}),
-        ropes=KNOWN_ROPES,
+        ropes=KNOWN_ROPES | {"yarn"},
         varying=ANY_BLOCKS,
         even_heads=True,
         # Rows that do not divide into groups of 32 inputs would stay in 8 bits: what is cut is cut so that they do.
-        neuron_multiple={"int4": 32},
-        query_multiple={"int4": 32},
+        neuron_multiple=_ONE | {"": 32},
+        query_multiple=_ONE | {"": 32},
         hidden_multiple={"int4": 32},
     )
     settings: ClassVar[Mapping[str, Setting]] = {

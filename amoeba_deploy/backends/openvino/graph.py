@@ -88,7 +88,7 @@ class GraphBuilder:
 
     def scaled(self, value: Node, factor: float) -> Node:
         """A value times a constant; the value itself where that is one."""
-        return value if factor == 1 else self.op.multiply(value, self.number(factor))
+        return value if factor == 1 else self.op.multiply(value, self.op.constant(np.float32(factor)))
 
     def norm(self, value: Node, weight: str, rank: int = 3) -> Node:
         """RMS norm over the last axis."""
@@ -115,11 +115,11 @@ class GraphBuilder:
         """
         op, constant = self.op, self.op.constant
         zero, one = constant(np.int64(0)), constant(np.int64(1))
-        frequencies = constant(inverse_frequencies(self.sizes.rope, self.sizes.head_dim)[None, None])
+        frequencies, factor = inverse_frequencies(self.sizes.rope, self.sizes.head_dim, self.sizes.context)
         positions = op.convert(op.unsqueeze(inputs["position_ids"], self.integers(-1)), "f32")
-        half = op.multiply(positions, frequencies)
+        half = op.multiply(positions, constant(frequencies[None, None]))
         angles = op.unsqueeze(op.concat([half, half], -1), self.integers(1))
-        self.shared |= {"cos": op.cos(angles), "sin": op.sin(angles)}
+        self.shared |= {"cos": self.scaled(op.cos(angles), factor), "sin": self.scaled(op.sin(angles), factor)}
         ids, seen = op.shape_of(inputs["input_ids"]), op.shape_of(inputs["attention_mask"])
         total, new = (op.squeeze(self.length(shape, 1), self.integers(0)) for shape in (seen, ids))
         keys = op.range(zero, total, one, "i64")
