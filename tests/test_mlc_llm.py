@@ -21,7 +21,7 @@ import pytest
 from conftest import LLAMA3_ROPE, amoeba, random_selection, save_random_model
 
 from amoeba_deploy.backends import load_backend
-from amoeba_deploy.backends.backend import BuildOptions, options_for
+from amoeba_deploy.backends.backend import BuildOptions, Toolchain, options_for
 from amoeba_deploy.backends.conformance import Conformance, fed
 from amoeba_deploy.backends.mlc_llm.cache import TensorCache
 from amoeba_deploy.backends.mlc_llm.formats import FORMATS, dequantise
@@ -31,7 +31,7 @@ from amoeba_deploy.backends.mlc_llm.targets import CHOICES, build_target
 from amoeba_deploy.backends.mlc_llm.tool import COMMAND, PYTHON
 from amoeba_deploy.checkpoint import Checkpoint, create_checkpoint
 from amoeba_deploy.errors import AmoebaError, BadInput, ToolchainMissing
-from amoeba_deploy.extraction.folder import extract
+from amoeba_deploy.extraction.folder import copy_model, extract
 from amoeba_deploy.lowering import lower_plan
 from amoeba_deploy.model_folder import ModelFolder, load_torch_model
 from amoeba_deploy.plan import Plan, block_plan
@@ -376,6 +376,33 @@ def test_a_full_disk_on_our_side_is_refused_and_leaves_nothing(
     with pytest.raises(OSError, match="No space left"):
         MLC.lower(models("llama-grouped-tied"), tmp_path / "engine", "q0f32", options())
     assert list((tmp_path / "engine").iterdir()) == []
+
+
+@pytest.mark.usefixtures("programs")
+def test_a_library_is_compiled_once_for_all_weights_of_a_shape(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AMOEBA_CACHE", str(tmp_path / "cache"))
+    # Only what tells its versions is kept, so the stand-in gets some.
+    versions = {COMMAND: "1", "tvm": "2"}
+    monkeypatch.setattr("amoeba_deploy.backends.mlc_llm.build.toolchain", lambda: Toolchain(versions, (), ""))
+    model = models("llama-grouped-untied")
+    first = lowered(model, tmp_path / "a")
+    (tmp_path / "other").mkdir()
+    copy_model(model, tmp_path / "other", "float32", lambda name, _: -model.tensors.float32(name))
+    monkeypatch.setenv("FAKE_MLC", "fails in compile")
+    second = lowered(ModelFolder(tmp_path / "other"), tmp_path / "b")
+    assert (first / "model.so").read_bytes() == (second / "model.so").read_bytes()
+    assert TensorCache(first).array("model.norm.weight")[0] == -TensorCache(second).array("model.norm.weight")[0]
+    # Another version compiles again, and a kept library that is damaged is refused once and then compiled again.
+    versions["tvm"] = "3"
+    refuses_to_lower(model, tmp_path / "c", "mlc_llm compile failed")
+    versions["tvm"] = "2"
+    (kept,) = (tmp_path / "cache").rglob("model.so")
+    kept.write_bytes(kept.read_bytes()[:64])
+    refuses_to_lower(model, tmp_path / "d", "holds no compiled model")
+    monkeypatch.delenv("FAKE_MLC")
+    assert (lowered(model, tmp_path / "e") / "model.so").read_bytes() == (first / "model.so").read_bytes()
 
 
 def test_a_sliding_window_shorter_than_the_context_is_refused(models: Models) -> None:

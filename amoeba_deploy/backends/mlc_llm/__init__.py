@@ -31,7 +31,7 @@ from amoeba_deploy.backends.mlc_llm.cache import TensorCache, source_places
 from amoeba_deploy.backends.mlc_llm.engine import MlcEngine
 from amoeba_deploy.backends.mlc_llm.formats import FORMATS
 from amoeba_deploy.backends.mlc_llm.layout import class_of, stored_tensors
-from amoeba_deploy.backends.mlc_llm.targets import CHOICES, build_target
+from amoeba_deploy.backends.mlc_llm.targets import CHOICES, build_target, missing_instructions
 from amoeba_deploy.backends.mlc_llm.tool import PYTHON, find_tool, toolchain
 from amoeba_deploy.backends.takes import LLAMAS, Takes
 from amoeba_deploy.errors import BadInput, ToolchainMissing
@@ -102,6 +102,9 @@ class MlcBackend(Backend):
             return f"its library is for {target.chip} ({target.name}), and only one for this processor is run here"
         if target.missing:
             return f"its library cannot be linked here without {', '.join(target.missing)}"
+        lacks = missing_instructions()
+        if lacks:
+            return f"its library uses {lacks}, which this machine's processor lacks"
         return None if _python() else f"no Python with tvm is known that runs its library; name one in {PYTHON}"
 
     def identity(self, precision: str, options: BuildOptions) -> Identity:

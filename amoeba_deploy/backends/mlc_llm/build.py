@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,7 +23,7 @@ from amoeba_deploy.backends.mlc_llm.layout import class_of, source_config, store
 from amoeba_deploy.backends.mlc_llm.library import check_library
 from amoeba_deploy.backends.mlc_llm.targets import BuildTarget
 from amoeba_deploy.backends.mlc_llm.tool import COMMAND, DRIVER, Tool, toolchain
-from amoeba_deploy.errors import VerificationFailed
+from amoeba_deploy.errors import BadInput, VerificationFailed
 from amoeba_deploy.extraction.folder import other_files
 from amoeba_deploy.files import cache_folder, read_json_object, sha256_of, whole_file, write_json
 from amoeba_deploy.model_folder import ModelFolder
@@ -125,7 +126,7 @@ class Build:
             raise
         (self.work / output).chmod(0o644)
         if kept is not None:
-            with whole_file(kept, force=True) as file:
+            with suppress(BadInput), whole_file(kept, force=True) as file:  # a cache that cannot be written is no loss
                 shutil.copyfile(self.work / output, file)
         return {"memory_bytes": max(map(int, metadata.get("memory_usage", {"": 0}).values()), default=0)}
 

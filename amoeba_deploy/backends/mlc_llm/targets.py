@@ -12,6 +12,7 @@ import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from amoeba_deploy.errors import BadInput
@@ -59,6 +60,15 @@ class BuildTarget:
     def runs_here(self) -> bool:
         """Whether this machine's processor runs it; Amoeba runs no other library of MLC."""
         return self.name == "llvm" and self.machine == platform.machine()
+
+
+def missing_instructions() -> str | None:
+    """What this machine's processor lacks of those that libraries for it use, or None."""
+    file = Path("/proc/cpuinfo")
+    if platform.machine() != "x86_64" or not file.is_file():
+        return None
+    flags = set(file.read_text().split())
+    return next((name for name in ("avx2", "fma", "bmi2", "f16c") if name not in flags), None)
 
 
 def _host(machine: str, processor: str | None = None) -> dict[str, Any]:
@@ -138,6 +148,8 @@ def build_target(chip: str | None, choice: str) -> BuildTarget:
 
 
 def _kind(chip: str | None) -> str:
+    if chip is None and sys.platform == "darwin":
+        return "metal"
     if chip is None or (_processor_of(chip) and not chip.startswith("sm_")):
         return "llvm"
     if chip.startswith("sm_"):
