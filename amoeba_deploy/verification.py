@@ -272,8 +272,10 @@ def allowed_weight_error(backend: Backend, precision: str) -> float:
     """What rounding to a precision's bits can do: 25% with 4 bits, half of it with every further one.
 
     Rounding normally distributed weights to b bits in blocks of 32 gives about 2.3 / 2^(b-1) / sqrt(12): 8% with 4.
+    Floats of 16 bits keep 8 or 11 bits of every number.
     """
-    return float(4 * 2.0 ** -int(backend.storage(precision).matrix_bits))
+    bits = int(backend.storage(precision).matrix_bits)
+    return 2.0**-8 if bits == 16 else float(4 * 2.0**-bits)
 
 
 def _require(result: Verification, what: str) -> None:
