@@ -31,6 +31,7 @@ from amoeba_deploy.backends.onnx.weights import stored_weights, write_dequantise
 from amoeba_deploy.backends.takes import ANY_BLOCKS, KNOWN_ROPES, Takes
 from amoeba_deploy.block_quantisation import BLOCK
 from amoeba_deploy.errors import BadInput
+from amoeba_deploy.extraction.folder import copy_model
 from amoeba_deploy.files import write_json
 from amoeba_deploy.model_folder import ModelFolder
 from amoeba_deploy.precision import StorageFormat
@@ -147,8 +148,12 @@ class OnnxBackend(Backend):
 
     def reference_folder(self, model: ModelFolder, artefact: Path, precision: str, output: Path) -> Path:
         if precision in DTYPES:
-            same = all(info.dtype == CONFIG_DTYPES[DTYPES[precision]] for info in model.tensors.infos.values())
-            return model.path if same else artefact
+            held = TensorFolder(artefact)
+            if all(info.dtype == CONFIG_DTYPES[DTYPES[precision]] for info in model.tensors.infos.values()):
+                return model.path
+            # The artefact's weights under the model's own config, in which no mistake of the artefact's can hide.
+            copy_model(model, output, "float32", lambda name, _info: held.float32(name))
+            return output
         write_dequantised(model, artefact, precision, output)
         return output
 
