@@ -9,7 +9,7 @@ from typing import Any
 from amoeba_deploy.backends.onnx.precisions import GRAPH
 from amoeba_deploy.errors import BadInput, ToolchainMissing
 from amoeba_deploy.files import read_json_object
-from amoeba_deploy.model_folder import ModelFolder
+from amoeba_deploy.model_folder import ModelFolder, load_tokenizer
 
 CONFIG = "genai_config.json"
 _SEARCH: dict[str, Any] = {
@@ -109,6 +109,21 @@ def read_genai_config(folder: Path) -> tuple[str, int]:
         raise BadInput(f"{folder / CONFIG}: does not say provider and context; build the artefact again") from None
 
 
+def _encoded(tokenizer: Any, folder: Path, prompt: str) -> list[int]:
+    """Ids of a prompt by onnxruntime-genai's tokenizer, behind the special tokens that the folder's puts in front.
+
+    Version 0.18 leaves out what tokenizer.json adds by its post-processor, such as a Llama's beginning of text.
+    """
+    ids = [int(identifier) for identifier in tokenizer.encode(prompt)]
+    own = load_tokenizer(folder)
+    text, whole = own.encode(prompt, add_special_tokens=False).ids, own.encode(prompt).ids
+    for begin in range(len(whole) - len(text) + 1):
+        if whole[begin : begin + len(text)] == text:
+            front = whole[:begin]
+            return ids if ids[:begin] == front else front + ids
+    return ids
+
+
 def stream(folder: Path, prompt: str, tokens: int) -> Iterator[str]:
     """Pieces of the text that onnxruntime-genai writes after a prompt, by its own tokenizer; greedy.
 
@@ -134,8 +149,8 @@ def stream(folder: Path, prompt: str, tokens: int) -> Iterator[str]:
         tokenizer = og.Tokenizer(model)
     except Exception as error:  # the library raises bare exceptions
         raise BadInput(f"{folder}: onnxruntime-genai cannot run it ({error!s:.300})") from None
-    ids = tokenizer.encode(prompt)
-    if len(ids) == 0:
+    ids = _encoded(tokenizer, folder, prompt)
+    if not ids:
         raise BadInput("the prompt has no tokens; give a text")
     if len(ids) + tokens > context:
         raise BadInput(f"the prompt of {len(ids)} tokens and {tokens} more exceed the context of {context}")
