@@ -10,7 +10,8 @@ import onnx
 import pytest
 from onnx_engines import ONNX, lowered
 
-from amoeba_deploy.block_quantisation import dequantise, quantise
+from amoeba_deploy.backends.onnx.precisions import weights_file
+from amoeba_deploy.block_quantisation import block_scales, dequantise, quantise
 from amoeba_deploy.model_folder import ModelFolder
 from amoeba_deploy.tensors import read_header
 
@@ -35,11 +36,40 @@ def test_no_matrix_stays_in_float(
     assert stored < matrices * bits / 8 * 1.05
 
 
-def test_a_tied_head_is_stored_once(models: Callable[[str], ModelFolder], tmp_path: Path) -> None:
-    artefact = lowered(models("llama-grouped-tied"), tmp_path / "engine", "int4")
-    names = [name for name in read_header(artefact / "weights.int4.safetensors")[0] if "norm" not in name]
-    assert sum("embed_tokens" in name for name in names) == 2
-    assert not any("lm_head" in name for name in names)
+@pytest.mark.parametrize(("precision", "bits"), [("fp32", 32), ("fp16", 16), ("int8", 9), ("int4", 5)])
+def test_a_tied_head_is_stored_once(
+    precision: str, bits: int, models: Callable[[str], ModelFolder], tmp_path: Path
+) -> None:
+    sizes = models("llama-grouped-tied").architecture
+    artefact = lowered(models("llama-grouped-tied"), tmp_path / "engine", precision)
+    infos = read_header(artefact / weights_file(precision))[0]
+    assert sum("embed_tokens" in name for name in infos) == (2 if precision in ("int8", "int4") else 1)
+    assert not any("lm_head" in name for name in infos)
+    other = 16 if precision == "fp16" else 32
+    matrices = sizes.depth * sizes.block_matrix_parameters + sizes.embedding_parameters
+    expected = matrices * bits // 8 + (sizes.parameters - matrices) * other // 8
+    assert sum(info.length for info in infos.values()) == expected
+    # Nothing else in the folder holds weights.
+    total = sum(file.stat().st_size for file in artefact.iterdir())
+    assert total - (artefact / weights_file(precision)).stat().st_size < 80_000
+    untied = lowered(models("llama-grouped-untied"), tmp_path / "untied", precision)
+    more = sum(info.length for info in read_header(untied / weights_file(precision))[0].values()) - expected
+    assert more == sizes.embedding_parameters * bits // 8
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("columns", [75, 96, 2048])
+def test_a_matrix_in_parts_is_quantised_as_a_whole(bits: int, columns: int) -> None:
+    """More rows than are quantised at once, of which some are zero."""
+    matrix = np.random.default_rng(0).standard_normal((1500, columns)).astype(np.float32)
+    matrix[700:720] = 0
+    values, scales = quantise(matrix, bits)
+    for begin in (0, 333, 700, 1499):
+        part = quantise(matrix[begin : begin + 1], bits)
+        assert (part[0] == values[begin]).all()
+        assert (part[1] == scales[begin]).all()
+    assert (block_scales(matrix, bits) == scales).all()
+    assert values.shape == (1500, -(-columns // 32), 4 * bits)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

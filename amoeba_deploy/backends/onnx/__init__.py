@@ -9,6 +9,7 @@ head too.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -24,6 +25,7 @@ from amoeba_deploy.backends.backend import (
     require_legal,
     require_toolchain,
 )
+from amoeba_deploy.backends.onnx import builder
 from amoeba_deploy.backends.onnx.engine import INSTALL_CUDA, PROVIDERS, OnnxEngine, exact_graph
 from amoeba_deploy.backends.onnx.genai import CONFIG, genai_config, read_genai_config
 from amoeba_deploy.backends.onnx.precisions import BITS, DTYPES, GRAPH, PRECISIONS, stored, weights_file
@@ -31,18 +33,20 @@ from amoeba_deploy.backends.onnx.weights import stored_weights, write_dequantise
 from amoeba_deploy.backends.takes import ANY_BLOCKS, KNOWN_ROPES, Takes
 from amoeba_deploy.block_quantisation import BLOCK
 from amoeba_deploy.errors import BadInput
-from amoeba_deploy.extraction.folder import copy_model
+from amoeba_deploy.extraction.folder import copy_model, copy_other_files
 from amoeba_deploy.files import write_json
 from amoeba_deploy.model_folder import ModelFolder
 from amoeba_deploy.precision import StorageFormat
 from amoeba_deploy.tensors import CONFIG_DTYPES, TensorFolder, read_header
 
+_BUILT = f"onnxruntime-genai's model builder wrote the graph, with weights of its own in {builder.DATA}"
 _PACKAGES = ("onnx", "onnxruntime")
 _INSTALL = "pip install 'amoeba-deploy[onnx]'"
 
 # With accuracy level 4 MatMulNBits rounds activations to 8 bits and multiplies in integers: faster, and about one
 # percent off the product with the same weights in float32. Level 1 keeps activations in float32.
 _ACCURACY_LEVEL = 4
+_NO_BF16 = "ONNX Runtime's CPU provider has no bfloat16 matrix products or attention"
 
 
 def _setting(options: BuildOptions, name: str) -> str:
@@ -63,6 +67,7 @@ class OnnxBackend(Backend):
         hidden_multiple={"int8": BLOCK, "int4": BLOCK},
     )
     settings: ClassVar[Mapping[str, Setting]] = {
+        "emitter": Setting("own", "whose graph: our own, or onnxruntime-genai's model builder's", ("own", "oga")),
         "provider": Setting("cpu", "where ONNX Runtime computes: on processors, or on GPUs by CUDA", tuple(PROVIDERS)),
     }
 
@@ -78,18 +83,21 @@ class OnnxBackend(Backend):
         return Toolchain(versions, missing, _INSTALL)
 
     def refusal(self, subnet: Architecture, precision: str, options: BuildOptions) -> str | None:
+        provider = _setting(options, "provider")
+        built = builder.refusal(subnet, precision, options.context, provider)
+        if _setting(options, "emitter") == "oga":
+            return built
         refused = self.takes.refusal(subnet, precision)
-        if refused is None and precision == "bf16" and _setting(options, "provider") == "cpu":
-            return (
-                "ONNX Runtime's CPU provider has no bfloat16 matrix products or attention; choose fp16 or fp32, or "
-                "--set provider=cuda"
-            )
+        if refused is not None and built is None:
+            refused += "; --set emitter=oga takes it, by onnxruntime-genai's model builder"
+        if refused is None and precision == "bf16" and provider == "cpu":
+            return f"{_NO_BF16}; choose fp16 or fp32, or --set provider=cuda"
         return refused
 
     def cannot_run(self, precision: str, options: BuildOptions) -> str | None:
         provider = _setting(options, "provider")
         if precision == "bf16" and provider == "cpu":
-            return "ONNX Runtime's CPU provider has no bfloat16 matrix products or attention"
+            return _NO_BF16
         if provider == "cpu" or self.toolchain().missing:
             return None
         import onnxruntime
@@ -115,6 +123,10 @@ class OnnxBackend(Backend):
         from amoeba_deploy.backends.onnx.windows import block_windows
 
         provider, bits = _setting(options, "provider"), BITS.get(precision)
+        if _setting(options, "emitter") == "oga":
+            builder.build(model, output, precision, options.context, provider)
+            copy_other_files(model, output)
+            return Artefact(output, precision, notes=(_BUILT,))
         tensors = stored_weights(model, output, precision)
         on_cuda = provider == "cuda"
         dtype = ("F16" if on_cuda else "F32") if bits else CONFIG_DTYPES[DTYPES[precision]]
@@ -130,23 +142,24 @@ class OnnxBackend(Backend):
         require_toolchain(self)
         if not (artefact / GRAPH).is_file():
             raise BadInput(f"{artefact}: has no {GRAPH}; it is no {precision} artefact of the flow 'onnx'")
-        if precision in DTYPES:
+        if builder.is_built(artefact):
+            pass
+        elif precision in DTYPES:
             TensorFolder(artefact)
         elif not (artefact / weights_file(precision)).is_file():
             raise BadInput(f"{artefact}: has no {weights_file(precision)}; it holds no {precision} of the flow 'onnx'")
         else:
             read_header(artefact / weights_file(precision))
-        return self._engine(artefact, threads)
+        return OnnxEngine(artefact, read_genai_config(artefact), threads)
 
     def open_exact(self, artefact: Path, precision: str) -> OnnxEngine | None:
-        return None if precision in ("fp32", "bf16") else self._engine(artefact, None, exact=True)
+        if precision == "fp32" or builder.is_built(artefact):
+            return None
+        return OnnxEngine(artefact, replace(read_genai_config(artefact), provider="cpu"), None, exact_graph(artefact))
 
-    def _engine(self, artefact: Path, threads: int | None, exact: bool = False) -> OnnxEngine:
-        provider, context = read_genai_config(artefact)
-        graph = exact_graph(artefact) if exact else None
-        return OnnxEngine(artefact, graph, provider, threads, context)
-
-    def reference_folder(self, model: ModelFolder, artefact: Path, precision: str, output: Path) -> Path:
+    def reference_folder(self, model: ModelFolder, artefact: Path, precision: str, output: Path) -> Path | None:
+        if builder.is_built(artefact):
+            return model.path if precision in DTYPES else None
         if precision in DTYPES:
             held = TensorFolder(artefact)
             if all(info.dtype == CONFIG_DTYPES[DTYPES[precision]] for info in model.tensors.infos.values()):

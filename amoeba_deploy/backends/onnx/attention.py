@@ -21,7 +21,7 @@ from amoeba_deploy.backends.onnx.nodes import MICROSOFT, TYPES, Graph
 from amoeba_deploy.backends.onnx.rotary import inverse_frequencies
 
 FUSED_HEAD_MULTIPLE = 16
-_SHUT = {"F32": float(np.finfo(np.float32).min), "F16": -1e4, "BF16": -1e30}
+_SHUT = {"F32": float(np.finfo(np.float32).min), "F16": -1e4, "BF16": -1e18}
 """What a shut score gets added: its share is zero then, and no sum overflows to infinity, whose shares are no numbers.
 """
 

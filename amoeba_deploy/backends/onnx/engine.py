@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from amoeba_deploy.backends.backend import Counts, Ids
+from amoeba_deploy.backends.onnx.genai import BuiltFor
 from amoeba_deploy.backends.onnx.precisions import GRAPH, PACKED
 from amoeba_deploy.errors import BadInput, ToolchainMissing
 
@@ -22,15 +23,14 @@ _ELEMENTS = {"tensor(float)": 1, "tensor(float16)": 10, "tensor(bfloat16)": 16}
 class OnnxEngine:
     """A session, the cache, and how many real tokens each row has in it."""
 
-    def __init__(self, folder: Path, graph: bytes | None, provider: str, threads: int | None, context: int) -> None:
+    def __init__(self, folder: Path, built_for: BuiltFor, threads: int | None, graph: bytes | None = None) -> None:
         """Open a session.
 
         Args:
             folder: where the graph lies, and the weights that it refers to.
-            graph: another graph over the same weights, if not the folder's own.
-            provider: ``cpu`` or ``cuda``.
+            built_for: the provider, and the most positions of a row.
             threads: how many compute on the CPU; all cores where None.
-            context: the most positions of a row.
+            graph: another graph over the same weights, if not the folder's own.
         """
         import onnxruntime
 
@@ -39,6 +39,9 @@ class OnnxEngine:
         options.log_severity_level = 4
         options.add_session_config_entry("session.intra_op.allow_spinning", "1")
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+        provider = built_for.provider
+        if provider not in PROVIDERS:
+            raise BadInput(f"{folder}: was built for {provider!r:.40}; known are {', '.join(PROVIDERS)}")
         wanted = PROVIDERS[provider]
         if wanted not in onnxruntime.get_available_providers():
             raise ToolchainMissing(f"{folder}: was built for {provider}, which onnxruntime lacks; run {INSTALL_CUDA}")
@@ -46,7 +49,7 @@ class OnnxEngine:
         self._session = onnxruntime.InferenceSession(source, sess_options=options, providers=[wanted])
         if self._session.get_providers()[0] != wanted:
             raise ToolchainMissing(f"{folder}: was built for {provider}, and onnxruntime finds no such device here")
-        self._device, self._context = provider, context
+        self._device, self._context, self._head_size = provider, built_for.context, built_for.head_size
         # Whether a row's cache holds its real tokens alone, or a column for each that was fed (attention.py).
         self._packed = self._session.get_modelmeta().custom_metadata_map.get(PACKED, "1") == "1"
         inputs = self._session.get_inputs()
@@ -89,7 +92,7 @@ class OnnxEngine:
         self._held, self._seen = np.zeros(batch, np.int64), np.zeros((batch, 0), np.bool_)
         empty = onnxruntime.OrtValue.ortvalue_from_shape_and_type
         self._cache = {
-            name: empty([batch, value.shape[1], 0, value.shape[3]], _ELEMENTS[value.type], self._device)
+            name: empty([batch, value.shape[1], 0, self._head_size], _ELEMENTS[value.type], self._device)
             for name, value in self._past.items()
         }
 
@@ -117,8 +120,9 @@ class OnnxEngine:
         for name in self._outputs:
             binding.bind_output(name, "cpu" if name == "logits" else self._device)
         self._session.run_with_iobinding(binding)
-        logits, *cache = binding.get_outputs()
-        self._cache = dict(zip(self._past, cache, strict=True))
+        found = dict(zip(self._outputs, binding.get_outputs(), strict=True))
+        logits = found.pop("logits")
+        self._cache = {name: found[name.replace("past_key_values", "present")] for name in self._past}
         self._held = self._held + real
         return np.asarray(logits.numpy(), np.float32)
 
@@ -133,13 +137,13 @@ def exact_graph(folder: Path) -> bytes:
     from onnx import TensorProto, helper, numpy_helper
 
     model = onnx.load(folder / GRAPH, load_external_data=False)
-    graph, single = model.graph, TensorProto.FLOAT
+    graph, single, short = model.graph, TensorProto.FLOAT, (TensorProto.FLOAT16, TensorProto.BFLOAT16)
     for value in (*graph.input, *graph.output):
-        if value.type.tensor_type.elem_type == TensorProto.FLOAT16:
+        if value.type.tensor_type.elem_type in short:
             value.type.tensor_type.elem_type = single
     widened = []
     for tensor in graph.initializer:
-        if tensor.data_type != TensorProto.FLOAT16:
+        if tensor.data_type not in short:
             continue
         if tensor.data_location == TensorProto.EXTERNAL:
             name = tensor.name
@@ -151,7 +155,7 @@ def exact_graph(folder: Path) -> bytes:
         for attribute in node.attribute:
             if attribute.name == "accuracy_level":
                 attribute.i = 1
-            if node.op_type == "Cast" and attribute.i == TensorProto.FLOAT16:
+            if node.op_type == "Cast" and attribute.i in short:
                 attribute.i = single
     nodes = [*widened, *graph.node]
     del graph.node[:]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -97,14 +98,23 @@ def genai_config(model: ModelFolder, context: int, provider: str) -> dict[str, A
     }
 
 
-def read_genai_config(folder: Path) -> tuple[str, int]:
-    """The provider and the context that an artefact was built for; raises BadInput where it does not say."""
+@dataclass(frozen=True)
+class BuiltFor:
+    """What an artefact is for: where it computes, the positions of a row, and the channels of a head."""
+
+    provider: str
+    context: int
+    head_size: int
+
+
+def read_genai_config(folder: Path) -> BuiltFor:
+    """What an artefact was built for; raises BadInput where it does not say."""
     found = read_json_object(folder / CONFIG)
     try:
         model = found["model"]
         options = model["decoder"]["session_options"]["provider_options"]
         provider = next(iter(options[0])) if options else "cpu"
-        return str(provider), int(model["context_length"])
+        return BuiltFor(str(provider).lower(), int(model["context_length"]), int(model["decoder"]["head_size"]))
     except (KeyError, TypeError, IndexError, ValueError, StopIteration):
         raise BadInput(f"{folder / CONFIG}: does not say provider and context; build the artefact again") from None
 
@@ -143,7 +153,7 @@ def stream(folder: Path, prompt: str, tokens: int) -> Iterator[str]:
             "text by onnxruntime-genai needs onnxruntime-genai, which is not installed; run pip install "
             "onnxruntime-genai"
         ) from None
-    _, context = read_genai_config(folder)
+    context = read_genai_config(folder).context
     try:
         model = og.Model(str(folder))
         tokenizer = og.Tokenizer(model)
