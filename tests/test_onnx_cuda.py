@@ -109,7 +109,9 @@ def test_onnxruntime_genai_is_told_of_the_provider(models: Callable[[str], Model
     folder = lowered(models("mistral"), tmp_path / "engine", "fp16", CUDA)
     config = json.loads((folder / "genai_config.json").read_text())
     assert config["model"]["decoder"]["session_options"]["provider_options"] == [{"cuda": {}}]
-    assert ONNX.identity("fp16", CUDA).to_json()["bound"] == []
+    identity = ONNX.identity("fp16", CUDA).to_json()
+    assert (identity["bound"], identity["chip"], identity["more"]) == ([], None, {"provider": "cuda"})
+    assert "more" not in ONNX.identity("fp16", options_for(ONNX, CONTEXT)).to_json()
 
 
 @pytest.mark.skipif(not NO_CUDA, reason="onnxruntime has CUDA here")

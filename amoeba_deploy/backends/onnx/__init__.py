@@ -19,6 +19,7 @@ from amoeba_deploy.backends.backend import (
     Artefact,
     Backend,
     BuildOptions,
+    Identity,
     Setting,
     Toolchain,
     installed_versions,
@@ -105,6 +106,12 @@ class OnnxBackend(Backend):
         if PROVIDERS[provider] in onnxruntime.get_available_providers():
             return None
         return f"onnxruntime as installed here has no {PROVIDERS[provider]}, which {INSTALL_CUDA} brings"
+
+    def identity(self, precision: str, options: BuildOptions) -> Identity:
+        # Any release of ONNX Runtime that knows the graph's operator set runs it, on any processor; on CUDA any GPU.
+        found = super().identity(precision, options)
+        provider = _setting(options, "provider")
+        return found if provider == "cpu" else replace(found, more={"provider": provider})
 
     def weight_dtype(self, precision: str) -> str | None:
         return DTYPES.get(precision)
