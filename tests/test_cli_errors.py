@@ -128,7 +128,7 @@ def test_an_unknown_precision_is_named(refuse: Refuse) -> None:
 
 
 def test_a_precision_that_the_flow_lacks_is_answered_with_those_it_has(refuse: Refuse) -> None:
-    assert "fp32, int8, int4" in refuse(2, "export", *SEARCH, "--flow", "onnx", "--precision", "bf16")
+    assert "fp32, fp16, bf16, int8, int4" in refuse(2, "export", *SEARCH, "--flow", "onnx", "--precision", "q8_0")
 
 
 # Budgets

@@ -16,9 +16,9 @@ import torch
 from conftest import MODELS, amoeba, random_selection, save_random_model
 from hypothesis import given
 from hypothesis import strategies as st
+from onnx_engines import ON_CPU, fed, genai_greedy, with_tokenizer
 from test_compensation import logits_at_means, logits_of
 from test_families import IDS, TOLERANCE, masked_logits, relative_error, stock_logits
-from test_onnx import fed, genai_greedy, with_tokenizer
 from test_shapes import GROUPED, silenced_logits
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaForCausalLM, StaticCache
 
@@ -425,7 +425,7 @@ def test_an_unknown_latency_is_said_before_anything_is_written(checkpoint: Check
 # Engines
 
 
-@pytest.mark.parametrize("precision", ONNX.precisions())
+@pytest.mark.parametrize("precision", ON_CPU)
 @pytest.mark.parametrize(
     ("name", "plan_name", "bias"),
     [

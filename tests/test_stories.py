@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SHARED, STORIES, amoeba
-from test_onnx import genai_greedy
+from onnx_engines import genai_greedy
 from transformers import AutoModelForCausalLM
 
 from amoeba_deploy.backends import load_backend
