@@ -35,6 +35,7 @@ lint: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python -m benchmarks.engines
+	$(BIN)/python -m benchmarks.onnx_memory
 	$(BIN)/python -m benchmarks.export
 	$(BIN)/python -m benchmarks.extract
 	$(BIN)/python -m benchmarks.selection_speed
