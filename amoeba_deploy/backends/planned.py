@@ -8,7 +8,7 @@ from amoeba_deploy.architecture import Architecture
 from amoeba_deploy.backends.backend import Artefact, Backend, BuildOptions, Engine, Toolchain
 from amoeba_deploy.backends.takes import Takes
 from amoeba_deploy.errors import ToolchainMissing
-from amoeba_deploy.extraction.native_layouts import deci_blocks, gguf_arrays
+from amoeba_deploy.extraction.native_layouts import deci_blocks
 from amoeba_deploy.extraction.ragged import BlockSizes
 from amoeba_deploy.model_folder import ModelFolder
 from amoeba_deploy.plan import Plan
@@ -24,7 +24,7 @@ class Planned(Backend):
     def block_sizes(self, plan: Plan, architecture: Architecture, multiple: int) -> tuple[BlockSizes, ...] | None:
         if self.flow == "tensorrt-llm":
             return deci_blocks(plan, architecture, multiple).blocks
-        return gguf_arrays(plan, multiple).blocks if self.flow == "gguf" else None
+        return None
 
     def storage(self, precision: str) -> StorageFormat:
         return StorageFormat(16, 16, 16, 2, 2)

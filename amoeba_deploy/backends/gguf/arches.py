@@ -166,8 +166,8 @@ def config_refusal(sizes: Architecture, config: Mapping[str, Any]) -> str | None
     """
     if has_output_bias(dict(config)) and not arch_of(sizes).output_biases:
         return (
-            f"its biases on o_proj and down_proj are not something that llama.cpp's '{arch_of(sizes).name}' adds; choose "
-            f"--bias off"
+            f"its biases on o_proj and down_proj are not something that llama.cpp's '{arch_of(sizes).name}' adds; "
+            f"choose --bias off"
         )
     if sizes.family == "gemma3_text":
         if config.get("attn_logit_softcapping"):
@@ -182,8 +182,8 @@ def config_refusal(sizes: Architecture, config: Mapping[str, Any]) -> str | None
         return None
     still = ", ".join(str(index) for index, rotary in enumerate(found) if not rotary)
     return (
-        f"its blocks without rotary positions are {still}, where llama.cpp's 'smollm3' takes every fourth one; keep all "
-        f"blocks"
+        f"its blocks without rotary positions are {still}, where llama.cpp's 'smollm3' takes every fourth one; "
+        f"keep all blocks"
     )
 
 
