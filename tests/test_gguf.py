@@ -303,6 +303,29 @@ def test_no_block_of_a_ragged_file_is_without_neurons_and_arrays_say_each_size(m
         assert fields[f"deci.attention.{key}"].contents() == model.architecture.head_dim
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("llama-grouped-tied", "its block 2 has no neurons, for which llama.cpp leaves out its attention too"),
+        ("granite", "blocks differ, and llama.cpp's 'deci', which takes such, does not compute a granite"),
+    ],
+)
+def test_a_ragged_folder_that_is_not_padded_for_llama_cpp_is_refused(
+    name: str, said: str, models: Models, tmp_path: Path
+) -> None:
+    model = models(name)
+    plan = gappy_plan(model)
+    if name == "granite":
+        blocks = (replace(plan.blocks[2], neurons=tuple(range(40))), *plan.blocks[1:2])
+        plan = Plan(Shape(2, Fraction(1, 2), "adaptive"), (replace(blocks[0], index=0), replace(blocks[1], index=1)))
+    (tmp_path / "dense").mkdir()
+    (tmp_path / "engine").mkdir()
+    extract(model, plan, tmp_path / "dense", layout="ragged")
+    with pytest.raises(BadInput, match=said):
+        lowered(ModelFolder(tmp_path / "dense"), tmp_path / "engine")
+    assert list((tmp_path / "engine").iterdir()) == []
+
+
 def test_rows_of_different_lengths_and_several_sequences_agree_with_transformers(
     models: Models, tmp_path: Path
 ) -> None:

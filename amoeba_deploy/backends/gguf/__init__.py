@@ -106,7 +106,9 @@ class GgufBackend(Backend):
         require_legal(self, model, precision, options)
         if precision in PLANNED:
             _require_runner(f"{precision} needs llama.cpp's quantiser")
-        unlike = arches.config_refusal(model.architecture, model.config)
+        unlike = arches.config_refusal(model.architecture, model.config) or arches.blocks_refusal(
+            model.architecture, model.blocks or ()
+        )
         if unlike:
             raise BadInput(f"the flow 'gguf' cannot lower {model.path} in {precision}: {unlike}")
         sizes, blocks = model.architecture, file_blocks(model)

@@ -187,6 +187,24 @@ def config_refusal(sizes: Architecture, config: Mapping[str, Any]) -> str | None
     )
 
 
+def blocks_refusal(sizes: Architecture, blocks: tuple[BlockSizes, ...]) -> str | None:
+    """Why a ragged folder's blocks are not written as they are, as half a sentence, or None; ``lower_plan`` pads them.
+
+    Of a layer without neurons llama.cpp leaves out the attention too, without a word.
+    """
+    empty = [index for index, block in enumerate(blocks) if not block.neurons]
+    if empty:
+        return (
+            f"its block {empty[0]} has no neurons, for which llama.cpp leaves out its attention too; pad it with zeros"
+        )
+    if len(set(blocks)) > 1 and not takes_differing(sizes):
+        return (
+            f"its blocks differ, and llama.cpp's 'deci', which takes such, does not compute a {sizes.family}; pad them "
+            f"to the widest"
+        )
+    return None
+
+
 def metadata(
     sizes: Architecture, arch: Arch, blocks: tuple[BlockSizes, ...], config: Mapping[str, Any], context: int
 ) -> dict[str, Any]:
