@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import resource
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -12,7 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
-from conftest import GEMMA, GRANITE_SCALES, LLAMA3_ROPE, MODELS, PHI3_LONG_ROPE, save_random_model
+from conftest import GEMMA, GRANITE_SCALES, LLAMA3_ROPE, MODELS, PHI3_LONG_ROPE, amoeba, save_random_model
 
 from amoeba_deploy.backends import load_backend
 from amoeba_deploy.backends.backend import Artefact, options_for
@@ -20,8 +21,10 @@ from amoeba_deploy.backends.conformance import Conformance, fed, random_llama
 from amoeba_deploy.backends.gguf import arches, quantiser, rotary
 from amoeba_deploy.backends.gguf.file import GgufFile
 from amoeba_deploy.backends.gguf.weights import Held, held_tensors
+from amoeba_deploy.checkpoint import Checkpoint
 from amoeba_deploy.errors import AmoebaError, BadInput, ToolchainMissing, VerificationFailed
 from amoeba_deploy.extraction.folder import NOTHING, Learnt, extract
+from amoeba_deploy.generation import Timings, greedy_tokens
 from amoeba_deploy.model_folder import ModelFolder
 from amoeba_deploy.plan import Plan, block_plan
 from amoeba_deploy.shape import Shape
@@ -169,7 +172,7 @@ def test_what_llama_cpp_would_get_wrong_is_refused_before_anything_is_written(
 
 @pytest.mark.parametrize("name", ["gemma2", "gemma2-uncapped", "gemma3", "gemma3-pattern"])
 def test_gemma_is_refused_in_fp32_and_near_in_fp16(name: str, any_model: Models, tmp_path: Path) -> None:
-    """llama.cpp reads GELU from a table of 16-bit numbers; windows, caps, scales and both rotary bases must be right."""
+    """llama.cpp reads GELU from a table of 16-bit numbers; windows, caps, scales and rotary bases must be right."""
     with pytest.raises(BadInput, match="table of 16-bit numbers on CPUs, so that fp32 would not be exact; choose fp16"):
         lowered(any_model(name), tmp_path / "engine")
     _, result = verified(any_model(name), tmp_path / "engine", "fp16")
@@ -272,7 +275,7 @@ def test_a_ragged_subnet_computes_what_transformers_computes(
     extract(model, plan, tmp_path / "dense", layout="ragged", blocks=blocks, learnt=learnt)
     subnet = ModelFolder(tmp_path / "dense")
     if name == "qwen3" and compensated:
-        with pytest.raises(BadInput, match="biases on o_proj and down_proj.*'qwen3' adds; choose --bias off"):
+        with pytest.raises(BadInput, match=r"biases on o_proj and down_proj.*'qwen3' adds; choose --bias off"):
             lowered(subnet, tmp_path / "engine")
         return
     artefact, result = verified(subnet, tmp_path / "engine")
@@ -298,6 +301,29 @@ def test_no_block_of_a_ragged_file_is_without_neurons_and_arrays_say_each_size(m
     assert fields["deci.feed_forward_length"].contents() == [128, 96, 32, 64]
     for key in ("key_length", "value_length"):
         assert fields[f"deci.attention.{key}"].contents() == model.architecture.head_dim
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("llama-grouped-tied", "its block 2 has no neurons, for which llama.cpp leaves out its attention too"),
+        ("granite", "blocks differ, and llama.cpp's 'deci', which takes such, does not compute a granite"),
+    ],
+)
+def test_a_ragged_folder_that_is_not_padded_for_llama_cpp_is_refused(
+    name: str, said: str, models: Models, tmp_path: Path
+) -> None:
+    model = models(name)
+    plan = gappy_plan(model)
+    if name == "granite":
+        blocks = (replace(plan.blocks[2], neurons=tuple(range(40))), *plan.blocks[1:2])
+        plan = Plan(Shape(2, Fraction(1, 2), "adaptive"), (replace(blocks[0], index=0), replace(blocks[1], index=1)))
+    (tmp_path / "dense").mkdir()
+    (tmp_path / "engine").mkdir()
+    extract(model, plan, tmp_path / "dense", layout="ragged")
+    with pytest.raises(BadInput, match=said):
+        lowered(ModelFolder(tmp_path / "dense"), tmp_path / "engine")
+    assert list((tmp_path / "engine").iterdir()) == []
 
 
 def test_rows_of_different_lengths_and_several_sequences_agree_with_transformers(
@@ -405,7 +431,7 @@ def test_a_smollm3_whose_pattern_llama_cpp_does_not_know_is_refused_by_its_block
     model = save_random_model(tmp_path / "model", "smollm3", no_rope_layers=[1, 0, 1, 1])
     (tmp_path / "engine").mkdir()
     with pytest.raises(
-        BadInput, match="without rotary positions are 1, where llama.cpp's 'smollm3' takes every fourth"
+        BadInput, match=r"without rotary positions are 1, where llama.cpp's 'smollm3' takes every fourth"
     ):
         lowered(model, tmp_path / "engine")
     assert list((tmp_path / "engine").iterdir()) == []
@@ -443,7 +469,7 @@ def test_a_quantiser_that_is_killed_or_fails_leaves_one_sentence_and_no_file(
 
 def test_the_quantisers_own_words_are_passed_on(tmp_path: Path) -> None:
     (tmp_path / "not.gguf").write_bytes(b"nothing")
-    with pytest.raises(AmoebaError, match="quantiser failed .*failed to"):
+    with pytest.raises(AmoebaError, match=r"quantiser failed .*failed to"):
         quantiser.quantise(tmp_path / "not.gguf", tmp_path / "out.gguf", "q8_0")
     assert not (tmp_path / "out.gguf").exists()
 
@@ -518,3 +544,59 @@ def test_every_model_of_the_tests_is_lowered_or_refused() -> None:
     gemma = {"gemma2", "gemma2-uncapped", "gemma3"}
     others = {"llama-multihead", "qwen2-untied", "qwen3-multihead", "granite"}
     assert set(MODELS) - set(EXACT) - set(REFUSED) == gemma | others
+
+
+@pytest.mark.parametrize("shape", ["12x1", "10x0.6"])
+def test_the_shipped_checkpoint_becomes_a_bundle_that_runs_and_writes_what_torch_does(
+    shape: str, demo: Checkpoint, tmp_path: Path
+) -> None:
+    """The narrower one adaptive: a plan whose blocks differ."""
+    given = shape
+    if shape != "12x1":
+        asked = ("--shape", shape, "--policy", "adaptive", "--for", "gguf", "--precision", "fp32", "--plan-only")
+        planned = amoeba("extract", *asked)
+        assert planned.exit_code == 0, planned.stderr
+        given = str(tmp_path / "plan.json")
+        Path(given).write_text(planned.stdout)
+    bundle = tmp_path / "bundle"
+    engine = ("--flow", "gguf", "--precision", "fp32", "--shape", given, "--device", "raspberry-pi-5")
+    exported = amoeba("export", *engine, "-o", bundle, "--json")
+    assert exported.exit_code == 0, exported.stderr
+    verification = json.loads(exported.stdout)["verified"]
+    assert verification["greedy_tokens_equal"] is True
+    assert verification["max_logit_error"] < 1e-4
+    assert amoeba("bundle", "verify", bundle).exit_code == 0
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    assert manifest["engine"]["architecture"] == ("llama" if shape == "12x1" else "deci")
+    assert (bundle / "engine" / "model-fp32.gguf").is_file()
+    asked = ("-p", "Question: What is the job of Faiven? Answer:", "--tokens", 64, "--json")
+    plan = demo.plan_of(given)
+    (tmp_path / "dense").mkdir()
+    extract(demo.model, plan, tmp_path / "dense", dtype="float32", learnt=demo.learnt(plan))
+    found, wanted = (json.loads(amoeba("run", path, *asked).stdout)["text"] for path in (bundle, tmp_path / "dense"))
+    assert found == wanted
+    assert found.strip()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+def test_a_trained_llama_with_heads_of_size_8_is_lowered_and_what_falls_back_is_said(
+    precision: str, stories: Path, tmp_path: Path
+) -> None:
+    model = ModelFolder(stories)
+    own = GGUF.takes.own_name(precision)
+    artefact, result = verified(model, tmp_path / "engine", own)
+    assert result.passed
+    assert any("their rows of 172 are no multiple of 32: ffn_down" in note for note in artefact.notes) == (
+        own != "fp32"
+    )
+    if own == "fp32":
+        assert artefact.notes == ()
+        prompt = model.tokenizer().encode("Once upon a time").ids
+        texts = [
+            list(greedy_tokens(engine, prompt, 64, set(), Timings()))
+            for engine in (
+                GGUF.open(tmp_path / "engine", own, context=256),
+                load_backend("torch").open(stories, "fp32"),
+            )
+        ]
+        assert texts[0] == texts[1]

@@ -31,7 +31,7 @@ OPTIONS = options_for(GGUF, 64)
 CORPUS = [
     *PROBES,
     "the little girl went to the park and the little dog went home",
-    "2026 2026 2026 12345 678 90",
+    "2026 2026 2026 2026 12345 678 90",
     "Don't stop, we'll go",
 ]
 TEXTS = [
@@ -41,7 +41,10 @@ TEXTS = [
     "   a   b",
     "tab\t\ttab",
 ]
-LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+    r"\s+(?!\S)|\s+"
+)
 QWEN2 = LLAMA3.replace("{1,3}", "")
 
 
@@ -271,7 +274,7 @@ def test_a_wrong_pre_tokenizer_is_noticed(tmp_path: Path, monkeypatch: pytest.Mo
     tokenizer = byte_tokenizer(byte_level())
     table = dict.fromkeys(module._PRE_TOKENIZERS, "smollm")
     monkeypatch.setattr(module, "_PRE_TOKENIZERS", table)
-    with pytest.raises(BadInput, match="llama.cpp tokenises .*2026-11-24.* otherwise than its tokenizer.json"):
+    with pytest.raises(BadInput, match=r"llama.cpp tokenises .*2026-11-24.* otherwise than its tokenizer.json"):
         lower(folder(tmp_path / "model", tokenizer), tmp_path / "out")
 
 
@@ -280,7 +283,7 @@ def test_a_model_that_names_no_end_of_text_is_refused(tmp_path: Path) -> None:
     for name in ("config.json", "generation_config.json"):
         value = json.loads((model.path / name).read_text())
         (model.path / name).write_text(json.dumps(value | {"eos_token_id": None}))
-    with pytest.raises(BadInput, match="names no token that ends a text, for which llama.cpp takes id 11"):
+    with pytest.raises(BadInput, match=r"names no token that ends a text, for which llama.cpp takes id 11"):
         lower(ModelFolder(model.path), tmp_path / "out")
 
 

@@ -90,7 +90,9 @@ def test_heads_that_do_not_divide_hidden_with_biases_are_a_granite_and_it_is_sai
     plan_file = tmp_path / "plan.json"
     plan_file.write_text(json.dumps(checkpoint.plan_of("4x0.6").to_json()))
     with pytest.raises(BadInput, match=r"no class but a granite.*heads divide the hidden size 256, or --bias off"):
-        Subnet(checkpoint, Wishes(str(plan_file), flow="gguf", precision="fp16"))
+        Subnet(checkpoint, Wishes(str(plan_file), flow="tensorrt-llm", precision="fp16"))
+    # llama.cpp runs a Granite.
+    assert Subnet(checkpoint, Wishes(str(plan_file), flow="gguf", precision="fp16")).sizes.heads == 5
 
 
 @pytest.mark.parametrize("name", ["qwen3"])
@@ -203,8 +205,8 @@ def test_steps_are_the_contracts_where_an_engine_asks_for_nothing() -> None:
         ("mlc-llm", {"heads": 12, "kv_heads": 12}, "is a mistral|do not divide the hidden size"),
         ("mlc-llm", {"output_bias": True, "mlp_bias": True, "qkv_bias": True}, "mlc-llm does not run"),
         ("tensorrt-llm", {"head_dim": 40}, "head size 40 is none of"),
-        ("gguf", {"traits": ("soft-capping",)}, "soft-capping is not something that gguf computes"),
-        ("gguf", {"family": "granite"}, "is a granite, which gguf does not run"),
+        ("mlc-llm", {"traits": ("soft-capping",)}, "soft-capping is not something that mlc-llm computes"),
+        ("tensorrt-llm", {"family": "granite"}, "is a granite, which tensorrt-llm does not run"),
         ("onnx", {"head_dim": 15}, "odd"),
     ],
 )

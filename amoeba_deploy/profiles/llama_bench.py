@@ -1,8 +1,9 @@
 """llama-bench, llama.cpp's own benchmark: the command to run on a device, and its JSON as latencies.
 
 ``llama-bench -o json`` writes a list with one entry a test. A prompt test (``pp``) has ``n_prompt`` tokens and no
-``n_gen``, a generation test (``tg``) the other way round; ``samples_ns`` holds the nanoseconds of each repeat as a whole
-(tools/llama-bench/llama-bench.cpp). Generation begins ``n_depth`` positions into a text, at none unless ``-d`` says so.
+``n_gen``, a generation test (``tg``) the other way round; ``samples_ns`` holds the nanoseconds of each repeat as a
+whole (tools/llama-bench/llama-bench.cpp). Generation begins ``n_depth`` positions into a text, at none unless ``-d``
+says so.
 """
 
 from __future__ import annotations

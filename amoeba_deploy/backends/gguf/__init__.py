@@ -106,7 +106,9 @@ class GgufBackend(Backend):
         require_legal(self, model, precision, options)
         if precision in PLANNED:
             _require_runner(f"{precision} needs llama.cpp's quantiser")
-        unlike = arches.config_refusal(model.architecture, model.config)
+        unlike = arches.config_refusal(model.architecture, model.config) or arches.blocks_refusal(
+            model.architecture, model.blocks or ()
+        )
         if unlike:
             raise BadInput(f"the flow 'gguf' cannot lower {model.path} in {precision}: {unlike}")
         sizes, blocks = model.architecture, file_blocks(model)
@@ -190,7 +192,7 @@ _STORAGE = {
     "q4_k_m": StorageFormat(4.81, 4.5, 32, 4, 4, head_bits=6.5625),
     "q4_0": StorageFormat(4.5, 4.5, 32, 4, 4, head_bits=6.5625),
 }
-"""Bits of rows in multiples of 256. The mixtures hold half of all v_proj and down_proj in Q6_K: measured in blocks of 16
-and 32 layers, with and without grouped queries, at 5.65 to 5.66 and 4.80 to 4.82. The cache is float32 as opened here.
+"""Bits of rows in multiples of 256. Mixtures hold half of all v_proj and down_proj in Q6_K: measured in 16 and in 32
+blocks, with and without grouped queries, at 5.65 to 5.66 and 4.80 to 4.82. The cache is float32, as opened here.
 """
 BACKEND = GgufBackend()

@@ -166,8 +166,8 @@ def config_refusal(sizes: Architecture, config: Mapping[str, Any]) -> str | None
     """
     if has_output_bias(dict(config)) and not arch_of(sizes).output_biases:
         return (
-            f"its biases on o_proj and down_proj are not something that llama.cpp's '{arch_of(sizes).name}' adds; choose "
-            f"--bias off"
+            f"its biases on o_proj and down_proj are not something that llama.cpp's '{arch_of(sizes).name}' adds; "
+            f"choose --bias off"
         )
     if sizes.family == "gemma3_text":
         if config.get("attn_logit_softcapping"):
@@ -182,9 +182,27 @@ def config_refusal(sizes: Architecture, config: Mapping[str, Any]) -> str | None
         return None
     still = ", ".join(str(index) for index, rotary in enumerate(found) if not rotary)
     return (
-        f"its blocks without rotary positions are {still}, where llama.cpp's 'smollm3' takes every fourth one; keep all "
-        f"blocks"
+        f"its blocks without rotary positions are {still}, where llama.cpp's 'smollm3' takes every fourth one; "
+        f"keep all blocks"
     )
+
+
+def blocks_refusal(sizes: Architecture, blocks: tuple[BlockSizes, ...]) -> str | None:
+    """Why a ragged folder's blocks are not written as they are, as half a sentence, or None; ``lower_plan`` pads them.
+
+    Of a layer without neurons llama.cpp leaves out the attention too, without a word.
+    """
+    empty = [index for index, block in enumerate(blocks) if not block.neurons]
+    if empty:
+        return (
+            f"its block {empty[0]} has no neurons, for which llama.cpp leaves out its attention too; pad it with zeros"
+        )
+    if len(set(blocks)) > 1 and not takes_differing(sizes):
+        return (
+            f"its blocks differ, and llama.cpp's 'deci', which takes such, does not compute a {sizes.family}; pad them "
+            f"to the widest"
+        )
+    return None
 
 
 def metadata(

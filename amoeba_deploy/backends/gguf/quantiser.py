@@ -65,7 +65,7 @@ def quantise(source: Path, target: Path, precision: str, threads: int | None = N
 
 
 def fallbacks(found: GgufFile, precision: str) -> tuple[str, ...]:
-    """A sentence for each type that the precision does not name, in which matrices are nevertheless, with the reason."""
+    """A sentence for each type that matrices are in although the precision does not name it, with the reason."""
     wanted = PLANNED.get(precision, ())
     matrices = [tensor for tensor in found.tensors.values() if len(tensor.shape) > 1]
     others = [tensor for tensor in matrices if wanted and tensor.kind not in wanted]
@@ -76,7 +76,7 @@ def fallbacks(found: GgufFile, precision: str) -> tuple[str, ...]:
         lengths = " or ".join(str(length) for length in sorted({tensor.shape[-1] for tensor in found_in}))
         stems = ", ".join(sorted({tensor.name.split(".")[-2] for tensor in found_in}))
         said.append(
-            f"{len(found_in)} of {len(matrices)} matrices are in {kind} instead of {' or '.join(wanted)}, because their "
-            f"rows of {lengths} are no multiple of {32 if kind == 'F16' else largest}: {stems}"
+            f"{len(found_in)} of {len(matrices)} matrices are in {kind} instead of {' or '.join(wanted)}, because "
+            f"their rows of {lengths} are no multiple of {32 if kind == 'F16' else largest}: {stems}"
         )
     return tuple(said)

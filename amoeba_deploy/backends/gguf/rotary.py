@@ -36,7 +36,8 @@ def pair_order(rope: Rope, head_dim: int) -> NDArray[np.int64]:
 def frequencies(rope: Rope, head_dim: int, context: int) -> tuple[NDArray[np.float64], float]:
     """The angle of each turning pair a position, and the factor on cosines and sines; ``context`` is the model's.
 
-    Of longrope those for texts that are no longer than the original context. The formulas are those of transformers' ``modeling_rope_utils``.
+    Of longrope those for texts that are no longer than the original context. The formulas are those of transformers'
+    ``modeling_rope_utils``.
     """
     turned = turning(rope, head_dim)
     base = rope.theta ** (-np.arange(0, turned, 2) / turned)
