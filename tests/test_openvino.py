@@ -532,6 +532,7 @@ def test_a_tokenizer_that_is_converted_to_another_one_is_not_written(
 # The commands
 
 
+@pytest.mark.slow  # a device's first export measures the whole machine
 @pytest.mark.parametrize("precision", [p for p in RUN if p != "bf16"][-1:])
 def test_a_ragged_subnet_of_the_shipped_checkpoint_is_exported_checked_and_run(precision: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
