@@ -155,7 +155,9 @@ def test_a_file_may_leave_out_what_is_not_known(tmp_path: Path) -> None:
 
 
 def test_an_unlisted_flow_is_unknown_and_the_listed_ones_are_named() -> None:
-    with pytest.raises(LatencyUnknown, match=r"'orin-nx' lists no flow 'openvino'.*tensorrt-llm, onnx, torch") as caught:
+    with pytest.raises(
+        LatencyUnknown, match=r"'orin-nx' lists no flow 'openvino'.*tensorrt-llm, onnx, torch"
+    ) as caught:
         load_device("orin-nx").preference("openvino")
     assert caught.value.exit_code == 4
 
