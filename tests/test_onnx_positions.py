@@ -17,11 +17,11 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from amoeba_deploy.architecture import rope_from_config
 from amoeba_deploy.backends import load_backend
-from amoeba_deploy.backends.onnx.rotary import inverse_frequencies
 from amoeba_deploy.backends.onnx.windows import block_windows
 from amoeba_deploy.extraction.folder import extract
 from amoeba_deploy.model_folder import ModelFolder
 from amoeba_deploy.plan import Plan, block_plan
+from amoeba_deploy.rotary import inverse_frequencies
 from amoeba_deploy.shape import Shape
 from amoeba_deploy.verification import verify_artefact
 

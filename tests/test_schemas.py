@@ -36,6 +36,8 @@ BY_FORMAT = {schema["properties"]["format"]["const"]: name for name, schema in S
 TOML_FORMATS = {"amoeba.device/1"}
 # Of unfinished runs, for this version alone; removed when the run ends.
 RUN_FORMATS = {"amoeba.depth-table/1", "amoeba.tuning/1"}
+# Of one engine's folder, for that engine's backend alone; its own page describes it.
+ENGINE_FORMATS = {"amoeba.openvino/1"}
 
 SENTENCE = "once upon a time there was a {} fox who lived in the {} wood and ate {} berries . "
 WORDS = ("small", "red", "quiet", "old", "green", "seven", "kind")
@@ -304,7 +306,7 @@ def test_the_document_names_every_format_of_the_package() -> None:
     files = [*(ROOT / "amoeba_deploy").rglob("*.py"), *(ROOT / "amoeba_deploy").rglob("devices/*.toml")]
     used = {form for file in files for form in re.findall(r"amoeba\.[a-z-]+/1\b", file.read_text(encoding="utf-8"))}
     text = (DOCS / "formats.md").read_text(encoding="utf-8")
-    assert used == set(BY_FORMAT) | TOML_FORMATS | RUN_FORMATS
+    assert used == set(BY_FORMAT) | TOML_FORMATS | RUN_FORMATS | ENGINE_FORMATS
     assert {form for form in used if form not in text} == set()
 
 

@@ -18,7 +18,7 @@ from onnx import TensorProto
 
 from amoeba_deploy.architecture import Architecture
 from amoeba_deploy.backends.onnx.nodes import MICROSOFT, TYPES, Graph
-from amoeba_deploy.backends.onnx.rotary import inverse_frequencies
+from amoeba_deploy.rotary import inverse_frequencies
 
 FUSED_HEAD_MULTIPLE = 16
 _SHUT = {"F32": float(np.finfo(np.float32).min), "F16": -1e4, "BF16": -1e18}
