@@ -18,7 +18,7 @@ from amoeba_deploy.backends.backend import Backend, Engine, Ids, options_for
 from amoeba_deploy.checkpoint import Checkpoint, open_checkpoint
 from amoeba_deploy.errors import AmoebaError
 from amoeba_deploy.evaluation import text_loss, text_rows
-from amoeba_deploy.generation import Timings, greedy_tokens
+from amoeba_deploy.generation import Timings, chosen_tokens, greedy
 from amoeba_deploy.lowering import lower_plan
 from amoeba_deploy.plan import Plan
 from amoeba_deploy.quality_measurement import engine_logits
@@ -30,7 +30,7 @@ TOKENS = 64
 
 def tokens_of(engine: Engine, prompt: list[int]) -> list[int]:
     """The greedy tokens after a prompt; nothing stops them."""
-    return list(greedy_tokens(engine, prompt, TOKENS, set(), Timings()))
+    return list(chosen_tokens(engine, prompt, TOKENS, set(), Timings(), greedy))
 
 
 def plan_for(checkpoint: Checkpoint, text: str, backend: Backend, precision: str) -> Plan:

@@ -18,7 +18,7 @@ from amoeba_deploy.backends.takes import Takes
 from amoeba_deploy.errors import AmoebaError, BadInput
 
 GROUP = "amoeba_deploy.backends"
-_INTERFACE = {"backend", "takes", "conformance", "planned"}
+_INTERFACE = {"backend", "takes", "conformance"}
 
 
 @cache
