@@ -15,6 +15,7 @@ from typing import Any
 from amoeba_deploy import __version__
 from amoeba_deploy.backends import load_backend
 from amoeba_deploy.backends.backend import Artefact, BuildOptions
+from amoeba_deploy.backends.torch import torch_reference
 from amoeba_deploy.bundle import ENGINE, MEASURED, MEASURED_FORMAT, write_manifest
 from amoeba_deploy.checkpoint import Checkpoint
 from amoeba_deploy.extraction.folder import other_files
@@ -114,7 +115,7 @@ def export(
                 verification = verify_artefact(backend, subnet, engine, order.precision, options, text)
         if unfinished:
             # What the subnet itself gives is what its engine must give on the device.
-            opened = load_backend("torch").open(subnet.path, "fp32")
+            opened = torch_reference(subnet.path)
         else:
             opened = backend.open(engine, order.precision, context=options.context, batch=options.batch)
         with phases.phase("measure"):

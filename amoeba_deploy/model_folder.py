@@ -22,6 +22,7 @@ from amoeba_deploy.extraction.ragged import (
 from amoeba_deploy.families import family_of, read_architecture
 from amoeba_deploy.families.family import Family
 from amoeba_deploy.files import read_json_object, require_inside, sha256_of
+from amoeba_deploy.quiet import quiet_imports
 from amoeba_deploy.tensors import CONFIG_DTYPES, INDEX, TensorFolder, as_float32
 
 if TYPE_CHECKING:
@@ -157,6 +158,7 @@ def load_torch_model(folder: Path, dtype: str = "float32") -> PreTrainedModel:
 
     Of a ragged subnet the modelling file of this package is run, not the folder's, which must be the same.
     """
+    quiet_imports()
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from amoeba_deploy.backends import load_backend
 from amoeba_deploy.backends.backend import EXACT_TOLERANCE, Backend, BuildOptions, Engine, Ids
+from amoeba_deploy.backends.torch import torch_reference
 from amoeba_deploy.errors import BadInput, VerificationFailed
 from amoeba_deploy.evaluation import SEQUENCE, text_rows
 from amoeba_deploy.model_folder import ModelFolder
@@ -198,7 +198,7 @@ def verify_artefact(
     with tempfile.TemporaryDirectory(prefix="amoeba-reference-") as work:
         folder = backend.reference_folder(model, artefact, precision, Path(work))
         what = f"the {backend.flow} engine in {precision}"
-        plain = load_backend("torch").open(model.path, "fp32")
+        plain = torch_reference(model.path)
         rows = perplexity_rows(model, plain, context, text)
         wanted = perplexity(plain, rows)
         if folder is not None and folder != model.path:
@@ -209,7 +209,7 @@ def verify_artefact(
                     f"{what} is wrong: its dequantised weights are {error:.1%} off the subnet's, where {allowed:.1%} is"
                     f" allowed"
                 )
-            reference: Engine | None = load_backend("torch").open(folder, "fp32")
+            reference: Engine | None = torch_reference(folder)
         else:
             reference, error = (plain if folder is not None else None), None
         exact = backend.open_exact(artefact, precision)

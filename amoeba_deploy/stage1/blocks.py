@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 
 from amoeba_deploy.model_folder import ModelFolder, load_torch_model
+from amoeba_deploy.quiet import quiet_imports
 from amoeba_deploy.stage1.calibration import Batch
 from amoeba_deploy.stage1.lanes import Lanes
 from amoeba_deploy.tensors import as_float32
@@ -94,6 +95,7 @@ class StreamedBlocks:
     streamed = True
 
     def __init__(self, folder: ModelFolder) -> None:
+        quiet_imports()
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
 
