@@ -14,7 +14,7 @@ from typing import Any
 
 from amoeba_deploy import __version__
 from amoeba_deploy.backends import load_backend
-from amoeba_deploy.backends.backend import Artefact, BuildOptions
+from amoeba_deploy.backends.backend import Artefact, BuildOptions, Engine
 from amoeba_deploy.backends.torch import torch_reference
 from amoeba_deploy.bundle import ENGINE, MEASURED, MEASURED_FORMAT, write_manifest
 from amoeba_deploy.checkpoint import Checkpoint
@@ -115,7 +115,7 @@ def export(
                 verification = verify_artefact(backend, subnet, engine, order.precision, options, text)
         if unfinished:
             # What the subnet itself gives is what its engine must give on the device.
-            opened = torch_reference(subnet.path)
+            opened: Engine = torch_reference(subnet.path)
         else:
             opened = backend.open(engine, order.precision, context=options.context, batch=options.batch)
         with phases.phase("measure"):

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from amoeba_deploy.architecture import Architecture
-from amoeba_deploy.backends.backend import BuildOptions, Counts, Identity, Ids
+from amoeba_deploy.backends.backend import BuildOptions, Counts, Ids
 from amoeba_deploy.backends.takes import ANY_BLOCKS, Takes
 from amoeba_deploy.backends.torch import DEVICE, DTYPES, DenseFolderBackend, engine_device
 from amoeba_deploy.errors import AmoebaError, BadInput, ToolchainMissing
@@ -84,7 +84,7 @@ class CompiledEngine:
         run = self._step if count == 1 else self._run
         with torch.no_grad():
             if self._device == "cuda":
-                torch.compiler.cudagraph_mark_step_begin()
+                torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
             logits = run(torch.from_numpy(filled).to(self._device), positions, self._seen)
         return np.asarray(logits[:rows].float().cpu().numpy())
 
@@ -137,10 +137,6 @@ class TorchCompileBackend(DenseFolderBackend):
     def cannot_run(self, precision: str, options: BuildOptions) -> str | None:
         reason = super().cannot_run(precision, options)
         return reason or (no_compiler() if options.settings.get("device", "cpu") == "cpu" else None)
-
-    def identity(self, precision: str, options: BuildOptions) -> Identity:
-        # What is compiled is compiled where it runs; the folder itself is bound to nothing.
-        return super().identity(precision, options)
 
     def refusal(self, subnet: Architecture, precision: str, options: BuildOptions) -> str | None:
         return super().refusal(subnet, precision, options) or rotary_refusal(subnet)

@@ -1,7 +1,7 @@
 """The ``executorch`` flow: one ``.pte`` file for XNNPACK, run by ExecuTorch's runtime.
 
-An artefact is a folder with ``model.pte`` (the graph and all weights), config and tokenizer. Any model that transformers
-holds is traced (program.py), ragged subnets too; int8 and int4 are those of quantisation.py.
+An artefact is a folder with ``model.pte`` (the graph and all weights), config and tokenizer. Any model that
+transformers holds is traced (program.py), ragged subnets too; int8 and int4 are those of quantisation.py.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ class ExecutorchEngine:
             raise BadInput(f"the flow 'executorch' runs one sequence at a time, and {rows} were fed")
         if self._fed + count > self._context:
             raise BadInput(
-                f"the engine's cache holds {self._context} positions, and {self._fed + count} were fed; build it with a "
-                f"larger --context"
+                f"the engine's cache holds {self._context} positions, and {self._fed + count} were fed; build it with "
+                f"a larger --context"
             )
         parts = [self._call(ids[:, first : first + self._most]) for first in range(0, count, self._most)]
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
@@ -106,7 +106,9 @@ class ExecutorchBackend(Backend):
     flow = "executorch"
     takes = Takes("executorch", tuple(_BITS), any_trait=True, varying=ANY_BLOCKS)
     settings: ClassVar = {
-        "prefill": Setting("128", "ids computed at once at most, for which memory is planned; longer prompts go in pieces")
+        "prefill": Setting(
+            "128", "ids computed at once at most, for which memory is planned; longer prompts go in pieces"
+        )
     }
 
     def storage(self, precision: str) -> StorageFormat:
@@ -124,16 +126,16 @@ class ExecutorchBackend(Backend):
 
     def refusal(self, subnet: Architecture, precision: str, options: BuildOptions) -> str | None:
         if options.batch > 1:
-            return f"its programs run one sequence at a time, and a batch of {options.batch} is asked for; use --batch 1"
+            return (
+                f"its programs run one sequence at a time, and a batch of {options.batch} is asked for; use --batch 1"
+            )
         return (
-            longrope_refusal(subnet, options.context)
-            or rotary_refusal(subnet)
-            or self.takes.refusal(subnet, precision)
+            longrope_refusal(subnet, options.context) or rotary_refusal(subnet) or self.takes.refusal(subnet, precision)
         )
 
     def tolerance(self, precision: str) -> float:
-        # int8 and int4 are held to their own dequantised weights, so only the rounding of the products' inputs to 8 bits
-        # a token remains.
+        # int8 and int4 are held to their own dequantised weights, so only the rounding of the products' inputs to 8
+        # bits a token remains: 1.9% in a trained model of 5 blocks, more in random ones, which amplify noise.
         return EXACT_TOLERANCE if precision == "fp32" else 0.1
 
     def lower(self, model: ModelFolder, output: Path, precision: str, options: BuildOptions) -> Artefact:
@@ -171,7 +173,7 @@ class ExecutorchBackend(Backend):
         from amoeba_deploy.backends.executorch.quantisation import dequantised
 
         def values(name: str, _info: TensorInfo) -> Array:
-            return dequantised(name, torch.from_numpy(model.tensors.float32(name)), bits).numpy()
+            return dequantised(name, torch.tensor(model.tensors.float32(name)), bits).numpy()
 
         copy_model(model, output, "float32", values)
         return output

@@ -1,7 +1,7 @@
 """The program of an ExecuTorch engine: a stock transformers model over caches of fixed size, traced and lowered.
 
-One method, ``forward(ids [1, n], positions [n]) -> logits [1, n, vocabulary]``, does prompts and single tokens alike: n is
-dynamic. Those are the names, the order and the meaning of inputs that ExecuTorch's own text runner calls
+One method, ``forward(ids [1, n], positions [n]) -> logits [1, n, vocabulary]``, does prompts and single tokens alike: n
+is dynamic. That is the order and the meaning of inputs in which ExecuTorch's own text runner calls a program
 (https://github.com/pytorch/executorch/tree/main/extension/llm/runner), as are the constants beside it.
 
 The attention is written here, not transformers' own. Keys lie [head size, context], so that products read them as they
@@ -27,9 +27,11 @@ from amoeba_deploy.static_cache import static_cache
 _ATTENTION = "amoeba_export"
 
 
-class _Layer(StaticLayer):
+class _Layer(StaticLayer):  # type: ignore[misc]
     """A layer's cache for one sequence: keys [1, heads, head size, context], values [1, heads, context, head size]."""
 
+    keys: torch.Tensor
+    values: torch.Tensor
     positions: torch.Tensor
     """Where the new keys and values go [n]."""
     end: Any
@@ -52,7 +54,7 @@ class _Layer(StaticLayer):
 
 
 def _attention(
-    module: Any,
+    _module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -61,11 +63,11 @@ def _attention(
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Grouped-query attention of queries [1, heads, n, size] over keys [1, groups, size, t] and values [1, groups, t, size].
+    """Attention of queries [1, heads, n, size] over keys [1, groups, size, t] and values [1, groups, t, size].
 
     The query heads of a group go through one product together, so that its keys are not repeated.
     """
-    _, heads, count, size = query.shape
+    heads, count, size = query.shape[1:]
     groups, seen = key.shape[1], key.shape[3]
     share = heads // groups
     rows = (query * scaling).contiguous().view(groups, share * count, size)
@@ -96,17 +98,15 @@ class Decoder(torch.nn.Module):
     def forward(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Logits [1, n, vocabulary] of ids [1, n] at consecutive positions [n]."""
         start: Any = positions[0].item()
-        torch._check(start >= 0)
-        torch._check(start < self.context)
         end = start + ids.shape[1]
-        torch._check(end >= 1)
-        torch._check(end <= self.context)
+        # What tracing cannot know of a number that it reads from a tensor.
+        check: Any = torch._check
+        for holds in (start >= 0, start < self.context, end >= 1, end <= self.context):
+            check(holds)
         for index, layer in enumerate(self.cache.layers):
             layer.positions, layer.end = positions, end
             layer.keys, layer.values = getattr(self, f"keys_{index}"), getattr(self, f"values_{index}")
-        output = self.model(
-            input_ids=ids, position_ids=positions[None], past_key_values=self.cache, use_cache=True
-        )
+        output = self.model(input_ids=ids, position_ids=positions[None], past_key_values=self.cache, use_cache=True)
         logits: torch.Tensor = output.logits
         return logits
 
@@ -121,12 +121,12 @@ def write_program(model: Any, file: Path, context: int, most: int, constants: di
         most: ids that one call takes at most; memory is planned for so many.
         constants: methods without inputs that give these values.
     """
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import (
-        XnnpackDynamicallyQuantizedPartitioner,
-        XnnpackPartitioner,
-    )
+    from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
 
+    # XNNPACK computes the exact GELU also where the tanh approximation is asked for, without a word.
+    delegated = [config for config in ALL_PARTITIONER_CONFIGS if config.target_name != "gelu.default"]
     with _no_warnings(), torch.no_grad():
         decoder = Decoder(model.requires_grad_(False), context).eval()
         count = torch.export.Dim("count", min=1, max=most)
@@ -139,7 +139,7 @@ def write_program(model: Any, file: Path, context: int, most: int, constants: di
         )
         edge = to_edge_transform_and_lower(
             traced,
-            partitioner=[XnnpackDynamicallyQuantizedPartitioner(), XnnpackPartitioner()],
+            partitioner=[XnnpackPartitioner(configs=delegated)],
             compile_config=EdgeCompileConfig(_check_ir_validity=False),
             constant_methods=constants,
         )

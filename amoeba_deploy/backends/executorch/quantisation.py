@@ -1,9 +1,9 @@
 """Quantised weights of an ExecuTorch engine: what XNNPACK's integer kernels take, made by torchao.
 
 Matrices are rounded to nearest, symmetrically: int8 with one scale a row, int4 with one a row and 32 inputs, which
-XNNPACK keeps in bfloat16. Their inputs are rounded to 8 bits as the engine runs, with one scale a token. The embedding is
-int8 with one scale a row in both; a tied head is a matrix of its own. Nothing here depends on anything but the weights,
-so the same weights always give the same numbers.
+XNNPACK keeps in bfloat16. Their inputs are rounded to 8 bits as the engine runs, with one scale a token. The embedding
+is int8 with one scale a row in both; a tied head is a matrix of its own. Nothing here depends on anything but the
+weights, so the same weights always give the same numbers.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ GROUP = 32
 
 class RowEmbedding(nn.Module):
     """An embedding in 8 bits with one scale a row, made of operators that every runtime has."""
+
+    values: torch.Tensor
+    scales: torch.Tensor
 
     def __init__(self, weight: torch.Tensor) -> None:
         super().__init__()
@@ -89,25 +92,31 @@ def dequantised(name: str, weight: torch.Tensor, bits: int) -> torch.Tensor:
     linear = nn.Linear(columns, rows, bias=False)
     linear.weight = nn.Parameter(weight, requires_grad=False)
     made = _quantised(linear, bits)
-    inner = made.linear if isinstance(made, Filled) else made
+    inner: Any = made.linear if isinstance(made, Filled) else made
     found: torch.Tensor = inner.weight.dequantize()[:, :columns]
     return found
 
 
 def _quantised(linear: nn.Linear, bits: int) -> nn.Module:
-    from torchao.quantization import PerAxis, PerGroup, quantize_
-    from torchao.quantization.quant_api import Int8DynamicActivationIntxWeightConfig
+    from torchao.quantization import (  # type: ignore[import-untyped]
+        Int8DynamicActivationIntxWeightConfig,
+        PerAxis,
+        PerGroup,
+        quantize_,
+    )
 
-    whole: nn.Module = linear
+    whole: Any = linear
     extra = -linear.in_features % GROUP if bits == 4 else 0
     if extra:
         whole = Filled(linear, extra)
     config = Int8DynamicActivationIntxWeightConfig(
-        weight_dtype=torch.int4 if bits == 4 else torch.int8,
+        weight_dtype=getattr(torch, f"int{bits}"),
         weight_granularity=PerGroup(GROUP) if bits == 4 else PerAxis(0),
     )
     quantize_(whole, config)
     if bits == 4:
-        weight = whole.linear.weight if isinstance(whole, Filled) else linear.weight
-        weight.scale.copy_(weight.scale.bfloat16().float())  # type: ignore[attr-defined]
-    return whole
+        inner: Any = whole.linear if isinstance(whole, Filled) else whole
+        scale = inner.weight.scale
+        scale.copy_(scale.bfloat16().float())
+    found: nn.Module = whole
+    return found
