@@ -14,9 +14,9 @@ from conftest import MODELS
 
 from amoeba_deploy.backends import load_backend
 from amoeba_deploy.backends.backend import BuildOptions, options_for
-from amoeba_deploy.backends.conformance import Conformance, fed
+from amoeba_deploy.backends.conformance import Conformance, fed, random_llama
 from amoeba_deploy.backends.torch import ENGINE_FILE, torch_reference
-from amoeba_deploy.backends.torch_compile import no_compiler
+from amoeba_deploy.backends.torch_compile import CompiledEngine, no_compiler
 from amoeba_deploy.errors import BadInput, ToolchainMissing
 from amoeba_deploy.model_folder import ModelFolder
 from amoeba_deploy.verification import verify_artefact
@@ -49,29 +49,43 @@ def graphs() -> int:
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
-@needs_compiler
-def test_a_step_is_compiled_when_the_engine_is_opened_and_never_again(models: Models) -> None:
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
+    """A Llama of one block with grouped heads."""
+    return random_llama(tmp_path_factory.mktemp("small") / "model", num_hidden_layers=1, num_key_value_heads=1)
+
+
+@pytest.fixture(scope="module")
+def engine(small: ModelFolder) -> CompiledEngine:
+    """Opened for three rows of 32 positions."""
+    if no_compiler():
+        pytest.skip(str(no_compiler()))
     torch.compiler.reset()
-    model = models("llama-grouped-tied")
     before = graphs()
-    engine = BACKEND.open(model.path, "fp32", 1, context=64)
-    assert graphs() == before + 1
-    ids = np.random.default_rng(0).integers(0, 128, (1, 40))
-    wanted = fed(torch_reference(model.path), ids, 40)
+    engine = CompiledEngine(small.path, "float32", 1, "cpu", 32, 3)
     assert torch.get_num_threads() == 1
-    for first in (20, 40, 1):
-        assert np.abs(fed(engine, ids, first) - wanted).max() < 1e-5 * np.abs(wanted).max()
     assert graphs() == before + 1
+    return engine
 
 
-@needs_compiler
-def test_rows_of_different_lengths_and_fewer_rows_use_the_same_graph(models: Models) -> None:
-    torch.compiler.reset()
-    model = models("llama-grouped-tied")
-    engine, reference = BACKEND.open(model.path, "fp32", context=32, batch=3), torch_reference(model.path)
+def test_a_step_is_compiled_when_the_engine_is_opened_and_never_again(
+    small: ModelFolder, engine: CompiledEngine
+) -> None:
     made = graphs()
+    ids = np.random.default_rng(0).integers(0, 128, (3, 32))
+    wanted = fed(torch_reference(small.path), ids, 32)
+    for first in (10, 32, 1):
+        assert np.abs(fed(engine, ids, first) - wanted).max() < 1e-5 * np.abs(wanted).max()
+    assert graphs() == made
+
+
+def test_rows_of_different_lengths_and_fewer_rows_use_the_same_graph(
+    small: ModelFolder, engine: CompiledEngine
+) -> None:
+    made, reference = graphs(), torch_reference(small.path)
     ids, lengths = np.random.default_rng(0).integers(0, 128, (3, 9)), np.array([9, 4, 6])
     following = np.random.default_rng(1).integers(0, 128, (3, 2))
+    engine.reset()
     found = [engine.feed(ids, lengths), *(engine.feed(following[:, i : i + 1]) for i in range(2))]
     wanted = [reference.feed(ids, lengths), *(reference.feed(following[:, i : i + 1]) for i in range(2))]
     limit = 1e-5 * np.abs(wanted[0]).max()
@@ -83,17 +97,15 @@ def test_rows_of_different_lengths_and_fewer_rows_use_the_same_graph(models: Mod
     assert graphs() == made
 
 
-@needs_compiler
-def test_more_positions_or_rows_than_it_was_opened_for_are_refused(models: Models) -> None:
-    torch.compiler.reset()
-    engine = BACKEND.open(models("llama-grouped-tied").path, "fp32", context=16)
-    engine.feed(np.zeros((1, 15), np.int64))
+def test_more_positions_or_rows_than_it_was_opened_for_are_refused(engine: CompiledEngine) -> None:
+    engine.reset()
+    engine.feed(np.zeros((1, 31), np.int64))
     engine.feed(np.zeros((1, 1), np.int64))
-    with pytest.raises(BadInput, match="holds 16 positions, and 17 were fed"):
+    with pytest.raises(BadInput, match="holds 32 positions, and 33 were fed"):
         engine.feed(np.zeros((1, 1), np.int64))
     engine.reset()
-    with pytest.raises(BadInput, match="opened for 1 sequences at once, and 2 were fed"):
-        engine.feed(np.zeros((2, 1), np.int64))
+    with pytest.raises(BadInput, match="opened for 3 sequences at once, and 4 were fed"):
+        engine.feed(np.zeros((4, 1), np.int64))
 
 
 @needs_compiler
@@ -117,11 +129,11 @@ def test_bfloat16_computes_what_transformers_computes(models: Models, tmp_path: 
 
 @needs_compiler
 def test_compiled_code_is_kept_in_amoebas_cache_folder(
-    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.compiler.reset()
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
-    BACKEND.open(models("llama-multihead").path, "fp32", context=8)
+    BACKEND.open(small.path, "fp32", context=8)
     assert any((tmp_path / "cache" / "torchinductor").rglob("*.cpp"))
 
 

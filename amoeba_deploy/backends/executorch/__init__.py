@@ -135,8 +135,8 @@ class ExecutorchBackend(Backend):
 
     def tolerance(self, precision: str) -> float:
         # int8 and int4 are held to their own dequantised weights, so only the rounding of the products' inputs to 8
-        # bits a token remains: 1.9% in a trained model of 5 blocks, more in random ones, which amplify noise.
-        return EXACT_TOLERANCE if precision == "fp32" else 0.1
+        # bits a token remains: 1.4% in a trained model of 5 blocks, 2% to 14% in random ones, which amplify noise.
+        return EXACT_TOLERANCE if precision == "fp32" else 0.15
 
     def lower(self, model: ModelFolder, output: Path, precision: str, options: BuildOptions) -> Artefact:
         require_legal(self, model, precision, options)
@@ -172,8 +172,10 @@ class ExecutorchBackend(Backend):
 
         from amoeba_deploy.backends.executorch.quantisation import dequantised
 
+        tied = model.architecture.tied
+
         def values(name: str, _info: TensorInfo) -> Array:
-            return dequantised(name, torch.tensor(model.tensors.float32(name)), bits).numpy()
+            return dequantised(name, torch.tensor(model.tensors.float32(name)), bits, tied).numpy()
 
         copy_model(model, output, "float32", values)
         return output

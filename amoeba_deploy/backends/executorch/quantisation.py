@@ -2,8 +2,8 @@
 
 Matrices are rounded to nearest, symmetrically: int8 with one scale a row, int4 with one a row and 32 inputs, which
 XNNPACK keeps in bfloat16. Their inputs are rounded to 8 bits as the engine runs, with one scale a token. The embedding
-is int8 with one scale a row in both; a tied head is a matrix of its own. Nothing here depends on anything but the
-weights, so the same weights always give the same numbers.
+is int8 with one scale a row, or has the very numbers of the head where the two are tied. Nothing here depends on
+anything but the weights, so the same weights always give the same numbers.
 """
 
 from __future__ import annotations
@@ -17,21 +17,33 @@ GROUP = 32
 """Inputs that share a scale in int4; XNNPACK takes multiples of 32."""
 
 
-class RowEmbedding(nn.Module):
-    """An embedding in 8 bits with one scale a row, made of operators that every runtime has."""
+class Table(nn.Module):
+    """An embedding in int8 with scales, made of operators that every runtime has.
+
+    Values [rows, width] and scales [rows, groups], each for as many neighbours of a row; of the products the first
+    ``columns`` are given, times ``factor``.
+    """
 
     values: torch.Tensor
     scales: torch.Tensor
 
-    def __init__(self, weight: torch.Tensor) -> None:
+    def __init__(self, values: torch.Tensor, scales: torch.Tensor, columns: int, factor: float) -> None:
         super().__init__()
-        values, scales = quantised_rows(weight)
         self.register_buffer("values", values)
-        self.register_buffer("scales", scales)
+        self.register_buffer("scales", scales * factor)
+        self.columns = columns
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        rows = nn.functional.embedding(ids, self.values)
-        return rows.float() * nn.functional.embedding(ids, self.scales)
+        batch, count = ids.shape
+        groups, width = self.scales.shape[1], self.values.shape[1]
+        rows = nn.functional.embedding(ids, self.values).float()
+        scales = nn.functional.embedding(ids, self.scales)
+        if groups > 1:
+            scales = scales[..., None]
+            rows = (rows.view(batch, count, groups, width // groups) * scales).view(batch, count, width)
+        else:
+            rows = rows * scales
+        return rows if self.columns == width else rows[..., : self.columns]
 
 
 class Filled(nn.Module):
@@ -59,42 +71,41 @@ def quantised_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def quantise_model(model: Any, bits: int) -> None:
     """Quantise all matrices and the embedding of a transformers model in float32, in place."""
     head, embedding = model.lm_head, model.model.embed_tokens
-    if head.weight is embedding.weight:
-        head.weight = nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
-    table = RowEmbedding(embedding.weight.detach())
+    tied = head.weight is embedding.weight
+    table = embedding.weight.detach().clone()
+    if tied:
+        head.weight = nn.Parameter(table, requires_grad=False)
     for name, linear in list(model.named_modules()):
         if isinstance(linear, nn.Linear):
             parent, _, own = name.rpartition(".")
             setattr(model.get_submodule(parent), own, _quantised(linear, bits))
-    # A class of its own may scale what it reads, as Gemma 3's does; only the table is replaced.
-    scale = getattr(embedding, "embed_scale", None)
-    model.model.embed_tokens = table if scale is None else _Scaled(table, float(scale))
+    # A class of its own may scale what it reads, as Gemma 3's does.
+    factor = float(getattr(embedding, "embed_scale", 1.0))
+    if tied:
+        weight = _weight(model.lm_head)
+        values, scales = weight.qdata, weight.scale
+    else:
+        values, scales = quantised_rows(table)
+    model.model.embed_tokens = Table(values, scales.reshape(len(table), -1), table.shape[1], factor)
 
 
-class _Scaled(nn.Module):
-    def __init__(self, table: RowEmbedding, scale: float) -> None:
-        super().__init__()
-        self.table, self.scale = table, scale
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        output: torch.Tensor = self.table(ids) * self.scale
-        return output
-
-
-def dequantised(name: str, weight: torch.Tensor, bits: int) -> torch.Tensor:
+def dequantised(name: str, weight: torch.Tensor, bits: int, tied: bool) -> torch.Tensor:
     """The values that an engine computes with in the place of a float32 tensor, by its name in the dense folder."""
     if weight.ndim != 2:
         return weight
-    if name == "model.embed_tokens.weight":
+    if name == "model.embed_tokens.weight" and not tied:
         values, scales = quantised_rows(weight)
         return values.float() * scales
     rows, columns = weight.shape
     linear = nn.Linear(columns, rows, bias=False)
     linear.weight = nn.Parameter(weight, requires_grad=False)
-    made = _quantised(linear, bits)
-    inner: Any = made.linear if isinstance(made, Filled) else made
-    found: torch.Tensor = inner.weight.dequantize()[:, :columns]
+    found: torch.Tensor = _weight(_quantised(linear, bits)).dequantize()[:, :columns]
     return found
+
+
+def _weight(module: nn.Module) -> Any:
+    """The quantised weight of a linear layer, filled or not."""
+    return module.linear.weight if isinstance(module, Filled) else module.weight
 
 
 def _quantised(linear: nn.Linear, bits: int) -> nn.Module:
@@ -115,8 +126,7 @@ def _quantised(linear: nn.Linear, bits: int) -> nn.Module:
     )
     quantize_(whole, config)
     if bits == 4:
-        inner: Any = whole.linear if isinstance(whole, Filled) else whole
-        scale = inner.weight.scale
+        scale = _weight(whole).scale
         scale.copy_(scale.bfloat16().float())
     found: nn.Module = whole
     return found
