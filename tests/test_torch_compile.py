@@ -57,12 +57,12 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
 
 @pytest.fixture(scope="module")
 def engine(small: ModelFolder) -> CompiledEngine:
-    """Opened for three rows of 32 positions."""
+    """Opened for three rows of 80 positions: two and a half spans of the cache."""
     if no_compiler():
         pytest.skip(str(no_compiler()))
     torch.compiler.reset()
     before = graphs()
-    engine = CompiledEngine(small.path, "float32", 1, "cpu", 32, 3)
+    engine = CompiledEngine(small.path, "float32", 1, "cpu", 80, 3)
     assert torch.get_num_threads() == 1
     assert graphs() == before + 1
     return engine
@@ -72,9 +72,9 @@ def test_a_step_is_compiled_when_the_engine_is_opened_and_never_again(
     small: ModelFolder, engine: CompiledEngine
 ) -> None:
     made = graphs()
-    ids = np.random.default_rng(0).integers(0, 128, (3, 32))
-    wanted = fed(torch_reference(small.path), ids, 32)
-    for first in (10, 32, 1):
+    ids = np.random.default_rng(0).integers(0, 128, (3, 80))
+    wanted = fed(torch_reference(small.path), ids, 80)
+    for first in (10, 80, 1):
         assert np.abs(fed(engine, ids, first) - wanted).max() < 1e-5 * np.abs(wanted).max()
     assert graphs() == made
 
@@ -99,9 +99,9 @@ def test_rows_of_different_lengths_and_fewer_rows_use_the_same_graph(
 
 def test_more_positions_or_rows_than_it_was_opened_for_are_refused(engine: CompiledEngine) -> None:
     engine.reset()
-    engine.feed(np.zeros((1, 31), np.int64))
+    engine.feed(np.zeros((1, 79), np.int64))
     engine.feed(np.zeros((1, 1), np.int64))
-    with pytest.raises(BadInput, match="holds 32 positions, and 33 were fed"):
+    with pytest.raises(BadInput, match="holds 80 positions, and 81 were fed"):
         engine.feed(np.zeros((1, 1), np.int64))
     engine.reset()
     with pytest.raises(BadInput, match="opened for 3 sequences at once, and 4 were fed"):

@@ -1,7 +1,8 @@
 """The ``torch-compile`` flow: the dense folder as it is, its decoding step compiled by TorchInductor.
 
-The cache is a static one of the whole context. One token a sequence is one compiled graph, the same for every position;
-prompts run eagerly into the same cache. Compiling is paid when the engine is opened, never at a token.
+The cache is a static one of the whole context, read only as far as it is filled. One token a sequence is one compiled
+graph, the same for every position; prompts run eagerly into the same cache. Compiling is paid when the engine is
+opened, never at a token.
 """
 
 from __future__ import annotations
@@ -25,11 +26,14 @@ from amoeba_deploy.backends.torch import DEVICE, DTYPES, DenseFolderBackend, eng
 from amoeba_deploy.errors import AmoebaError, BadInput, ToolchainMissing
 from amoeba_deploy.files import cache_folder
 from amoeba_deploy.model_folder import ModelFolder, load_torch_model
+from amoeba_deploy.quiet import quiet_imports
 from amoeba_deploy.static_cache import fix_rotary, rotary_refusal, static_cache
 
 if TYPE_CHECKING:
     import torch
 
+SPAN = 32
+"""On the CPU, the cache is read up to the next multiple of it."""
 WARM_UP = 3
 """Steps run when an engine is opened: the first compiles, and CUDA graphs are recorded after the second."""
 
@@ -40,16 +44,20 @@ class CompiledEngine:
     def __init__(
         self, folder: Path, dtype: str, threads: int | None, device: str, context: int, batch: int = 1
     ) -> None:
+        quiet_imports()
         import torch
+
+        from amoeba_deploy.backends.torch_compile.layer import LiveLayer
 
         if threads is not None:
             torch.set_num_threads(threads)
         self._device, self._context, self._batch = device, context, batch
         self._model: Any = load_torch_model(folder, dtype).requires_grad_(False).to(device)
         fix_rotary(self._model)
-        self._cache = static_cache(self._model, context, batch)
-        self._seen = torch.zeros(batch, context, dtype=torch.int64, device=device)
-        """Which positions of the cache hold real tokens [batch, context]."""
+        held = _spans(context) + SPAN
+        self._cache = static_cache(self._model, held, batch, LiveLayer)
+        self._seen = torch.zeros(batch, held, dtype=torch.int64, device=device)
+        """Which positions of the cache hold real tokens [batch, held]."""
         self._fed = 0
         mode = "reduce-overhead" if device == "cuda" else "default"
         self._step = torch.compile(self._run, fullgraph=True, dynamic=False, mode=mode)
@@ -85,11 +93,23 @@ class CompiledEngine:
         with torch.no_grad():
             if self._device == "cuda":
                 torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-            logits = run(torch.from_numpy(filled).to(self._device), positions, self._seen)
+            logits = run(torch.from_numpy(filled).to(self._device), positions, self._live())
         return np.asarray(logits[:rows].float().cpu().numpy())
+
+    def _live(self) -> torch.Tensor:
+        """The part of the mask up to what was fed, in whole spans; on a GPU, whose graphs have one size, all of it."""
+        import torch
+
+        if self._device == "cuda":
+            return self._seen
+        live = self._seen[:, : _spans(self._fed)]
+        torch._dynamo.mark_dynamic(live, 1)
+        return live
 
     def _run(self, ids: torch.Tensor, positions: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
         """Logits [batch, n, vocabulary] of new ids [batch, n] at positions [batch, n]; ``seen`` counts them already."""
+        for layer in self._cache.layers:
+            layer.end = seen.shape[1]
         output = self._model(
             input_ids=ids, position_ids=positions, attention_mask=seen, past_key_values=self._cache, use_cache=True
         )
@@ -107,6 +127,11 @@ class CompiledEngine:
             reason = next((line for line in str(error).splitlines() if "error" in line.lower()), str(error)[:200])
             raise AmoebaError(f"the C++ compiler did not compile the model's graph: {reason.strip()}") from None
         self.reset()
+
+
+def _spans(positions: int) -> int:
+    """The next multiple of a span."""
+    return -(-positions // SPAN) * SPAN
 
 
 @contextmanager
