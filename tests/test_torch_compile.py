@@ -97,6 +97,16 @@ def test_rows_of_different_lengths_and_fewer_rows_use_the_same_graph(
     assert graphs() == made
 
 
+@needs_compiler
+@torch._dynamo.config.patch(recompile_limit=2)
+def test_a_process_may_open_as_many_engines_as_it_likes(small: ModelFolder) -> None:
+    ids = np.arange(6)[None]
+    wanted = fed(torch_reference(small.path), ids, 1)
+    for batch in (1, 2, 3, 4):
+        opened = CompiledEngine(small.path, "float32", 1, "cpu", 16, batch)
+        assert np.abs(fed(opened, ids, 1) - wanted).max() < 1e-5 * np.abs(wanted).max()
+
+
 def test_more_positions_or_rows_than_it_was_opened_for_are_refused(engine: CompiledEngine) -> None:
     engine.reset()
     engine.feed(np.zeros((1, 79), np.int64))

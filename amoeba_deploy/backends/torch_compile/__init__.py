@@ -14,6 +14,7 @@ import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -60,7 +61,9 @@ class CompiledEngine:
         """Which positions of the cache hold real tokens [batch, held]."""
         self._fed = 0
         mode = "reduce-overhead" if device == "cuda" else "default"
-        self._step = torch.compile(self._run, fullgraph=True, dynamic=False, mode=mode)
+        # Compiled code, and how often it may be made, is kept with a function's code: every engine has its own.
+        own = FunctionType(CompiledEngine._run.__code__.replace(), CompiledEngine._run.__globals__)
+        self._step = torch.compile(MethodType(own, self), fullgraph=True, dynamic=False, mode=mode)
         self._warm_up()
 
     def reset(self) -> None:
