@@ -123,7 +123,7 @@ def test_a_mistyped_flow_is_answered_with_the_closest_one(refuse: Refuse) -> Non
     assert "did you mean 'onnx'" in refuse(2, "export", *SEARCH, "--flow", "onx")
 
 
-@pytest.mark.parametrize("flow", ["openvino", "executorch", "gguf", "mlc-llm", "tensorrt-llm"])
+@pytest.mark.parametrize("flow", ["openvino", "gguf", "mlc-llm", "tensorrt-llm"])
 def test_a_flow_that_this_version_has_no_backend_for_is_no_mistyped_name(refuse: Refuse, flow: str) -> None:
     said = refuse(6, "export", *SEARCH, "--flow", flow)
     assert f"'{flow}'" in said

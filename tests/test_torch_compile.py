@@ -167,10 +167,7 @@ def test_a_gpu_is_recorded_in_the_artefact_and_the_cpu_is_not(flow: str, models:
         assert backend.identity(precision, options).to_json().get("more") == (
             {"device": "cuda"} if device == "cuda" else None
         )
-    assert json.loads((tmp_path / "cuda" / ENGINE_FILE).read_text()) == {
-        "format": "amoeba.engine/1",
-        "device": "cuda",
-    }
+    assert json.loads((tmp_path / "cuda" / ENGINE_FILE).read_text()) == {"device": "cuda"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -199,6 +196,6 @@ def test_float16_on_the_cpu_is_refused_with_the_way_out(models: Models, tmp_path
 def test_an_engine_file_of_an_unknown_device_is_refused(models: Models, tmp_path: Path) -> None:
     backend = load_backend("torch")
     backend.lower(models("llama-grouped-tied"), tmp_path, "fp32", BuildOptions(64))
-    (tmp_path / ENGINE_FILE).write_text('{"format": "amoeba.engine/1", "device": "abacus"}')
+    (tmp_path / ENGINE_FILE).write_text('{"device": "abacus"}')
     with pytest.raises(BadInput, match="has no device of cpu, cuda"):
         backend.open(tmp_path, "fp32")
