@@ -202,6 +202,38 @@ def test_a_ragged_subnet_is_lowered_as_it_is(precision: str, models: Models, tmp
     assert verify_artefact(BACKEND, model, engine, precision, options).passed
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [
+        ("gemma2", "fp32"),
+        ("gemma3-capped", "int8"),
+        ("phi3-long", "fp32"),
+        ("smollm3-biases", "int4"),
+        ("olmo2", "fp32"),
+    ],
+)
+def test_programs_of_families_with_something_of_their_own(
+    name: str, precision: str, models: Models, tmp_path: Path
+) -> None:
+    options = options_for(BACKEND, 22 if name == "phi3-long" else 64)
+    BACKEND.lower(models(name), tmp_path, precision, options)
+    assert verify_artefact(BACKEND, models(name), tmp_path, precision, options).passed
+
+
+@pytest.mark.slow
+def test_a_trained_model_writes_the_same_64_tokens(stories: Path, tmp_path: Path) -> None:
+    BACKEND.lower(ModelFolder(stories), tmp_path, "fp32", options_for(BACKEND, CONTEXT))
+    written = []
+    for engine in (BACKEND.open(tmp_path, "fp32"), torch_reference(stories)):
+        tokens, ids = [], np.array([[1, 403, 407, 261, 378]])
+        for _ in range(64):
+            ids = engine.feed(ids)[:, -1:].argmax(-1)
+            tokens.append(int(ids[0, 0]))
+        written.append(tokens)
+    assert written[0] == written[1]
+
+
 def test_refusals_name_what_was_found(models: Models) -> None:
     options, sizes = options_for(BACKEND, 64), models("llama-grouped-tied").architecture
     assert BACKEND.refusal(sizes, "int4", options) is None

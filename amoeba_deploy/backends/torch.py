@@ -30,7 +30,7 @@ from amoeba_deploy.backends.backend import (
 from amoeba_deploy.backends.takes import ANY_BLOCKS, Takes
 from amoeba_deploy.errors import BadInput, ToolchainMissing
 from amoeba_deploy.extraction.folder import copy_model
-from amoeba_deploy.files import read_json, write_json
+from amoeba_deploy.files import read_json_object, write_json
 from amoeba_deploy.model_folder import ModelFolder, load_torch_model
 from amoeba_deploy.precision import StorageFormat
 
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
 ENGINE_FILE = "amoeba_engine.json"
 """Written only where an engine is not for the CPU."""
-ENGINE_FORMAT = "amoeba.engine/1"
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 DEVICE = Setting("cpu", "where it computes; cuda is the first GPU", ("cpu", "cuda"))
@@ -131,7 +130,7 @@ class DenseFolderBackend(Backend):
         else:
             copy_model(model, output, DTYPES[precision])
         if options.settings.get("device", "cpu") != "cpu":
-            write_json(output / ENGINE_FILE, {"format": ENGINE_FORMAT, "device": options.settings["device"]})
+            write_json(output / ENGINE_FILE, {"device": options.settings["device"]})
         return Artefact(output, precision)
 
 
@@ -175,7 +174,7 @@ def engine_device(artefact: Path) -> str:
     """
     if not (artefact / ENGINE_FILE).is_file():
         return DEVICE.default
-    device = str(read_json(artefact / ENGINE_FILE, ENGINE_FORMAT).get("device"))
+    device = str(read_json_object(artefact / ENGINE_FILE).get("device"))
     if device not in DEVICE.choices:
         raise BadInput(f"{artefact / ENGINE_FILE}: has no device of {', '.join(DEVICE.choices)}; build it again")
     reason = no_cuda() if device == "cuda" else None
