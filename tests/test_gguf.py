@@ -24,7 +24,7 @@ from amoeba_deploy.backends.gguf.weights import Held, held_tensors
 from amoeba_deploy.checkpoint import Checkpoint
 from amoeba_deploy.errors import AmoebaError, BadInput, ToolchainMissing, VerificationFailed
 from amoeba_deploy.extraction.folder import NOTHING, Learnt, extract
-from amoeba_deploy.generation import Timings, greedy_tokens
+from amoeba_deploy.generation import Timings, chosen_tokens, greedy
 from amoeba_deploy.model_folder import ModelFolder
 from amoeba_deploy.plan import Plan, block_plan
 from amoeba_deploy.shape import Shape
@@ -593,7 +593,7 @@ def test_a_trained_llama_with_heads_of_size_8_is_lowered_and_what_falls_back_is_
         assert artefact.notes == ()
         prompt = model.tokenizer().encode("Once upon a time").ids
         texts = [
-            list(greedy_tokens(engine, prompt, 64, set(), Timings()))
+            list(chosen_tokens(engine, prompt, 64, set(), Timings(), greedy))
             for engine in (
                 GGUF.open(tmp_path / "engine", own, context=256),
                 load_backend("torch").open(stories, "fp32"),
