@@ -196,7 +196,7 @@ def test_a_flow_without_any_of_the_precisions_is_passed_over_with_those_it_has(
 ) -> None:
     offer(monkeypatch)
     value = printed(export(checkpoint, tmp_path / "all", *SHAPE, "--precision", "int4", "--json", "--quiet"))
-    assert "it has fp32, bf16" in reasons(value)["torch-None"]
+    assert "it has fp32, fp16, bf16" in reasons(value)["torch-None"]
     assert engines(value) == ["onnx-int4"]
 
 

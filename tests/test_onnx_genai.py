@@ -17,7 +17,7 @@ from onnx_engines import ONNX, fed, genai_greedy, lowered, with_tokenizer
 from amoeba_deploy.backends.backend import Ids, options_for
 from amoeba_deploy.backends.onnx.genai import genai_config, stream
 from amoeba_deploy.errors import BadInput
-from amoeba_deploy.generation import Timings, stream_text
+from amoeba_deploy.generation import Timings, prompt_of, stream_text
 from amoeba_deploy.model_folder import ModelFolder
 
 
@@ -60,7 +60,7 @@ def test_onnxruntime_genai_streams_the_text_that_the_engine_writes(stories: Path
     lowered(ModelFolder(stories), stories, options=options)
     prompt = "Once upon a time"
     engine = ONNX.open(stories, "fp32")
-    wanted = "".join(stream_text(engine, stories, prompt, 64, 512, Timings()))
+    wanted = "".join(stream_text(engine, stories, prompt_of(stories, prompt), 64, 512, Timings()))
     pieces = list(stream(stories, prompt, 64))
     assert len(pieces) > 32
     assert "".join(pieces).strip() == wanted.strip()
