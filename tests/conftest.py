@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+"""Before any library reads it: the models are too small for more, and the workers of a test run share the cores."""
+
 import shutil
 from collections.abc import Callable, Sequence
 from fractions import Fraction

@@ -6,6 +6,8 @@ in ``amoeba_engine.json`` beside its weights; ``torch_reference`` computes on th
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -35,6 +37,7 @@ from amoeba_deploy.model_folder import ModelFolder, load_torch_model
 from amoeba_deploy.precision import StorageFormat
 
 if TYPE_CHECKING:
+    import torch
     from transformers import Cache
 
 ENGINE_FILE = "amoeba_engine.json"
@@ -48,11 +51,7 @@ class TorchEngine:
     """A transformers model and its cache."""
 
     def __init__(self, folder: Path, dtype: str, threads: int | None, device: str = "cpu") -> None:
-        import torch
-
-        if threads is not None:
-            torch.set_num_threads(threads)
-        self._device = device
+        self._device, self._threads = device, threads
         self._model: Any = load_torch_model(folder, dtype).to(device)
         self._cache: Cache | None = None
         self._seen: torch.Tensor | None = None
@@ -68,7 +67,7 @@ class TorchEngine:
         if lengths is not None or self._seen is not None:
             inputs |= self._padded(ids, lengths)
         inputs = {name: value.to(self._device) for name, value in inputs.items()}
-        with torch.inference_mode():
+        with torch_threads(self._threads), torch.inference_mode():
             output = self._model(**inputs, past_key_values=self._cache, use_cache=True)
         self._cache = output.past_key_values
         return np.asarray(output.logits.float().cpu().numpy())
@@ -85,6 +84,25 @@ class TorchEngine:
         self._seen = torch.cat([seen, new], dim=1)
         positions = seen.sum(1, keepdim=True) + torch.arange(count)[None]
         return {"attention_mask": self._seen, "position_ids": positions}
+
+
+@contextmanager
+def torch_threads(count: int | None) -> Iterator[None]:
+    """Let torch use so many threads (None: as many as it does now) here, and afterwards what it used before.
+
+    The number belongs to the whole process, whose other work may not round otherwise because of an open engine.
+    """
+    import torch
+
+    if count is None:
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class DenseFolderBackend(Backend):

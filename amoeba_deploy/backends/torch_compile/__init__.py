@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from amoeba_deploy.architecture import Architecture
 from amoeba_deploy.backends.backend import BuildOptions, Counts, Ids
 from amoeba_deploy.backends.takes import ANY_BLOCKS, Takes
-from amoeba_deploy.backends.torch import DEVICE, DTYPES, DenseFolderBackend, engine_device
+from amoeba_deploy.backends.torch import DEVICE, DTYPES, DenseFolderBackend, engine_device, torch_threads
 from amoeba_deploy.errors import AmoebaError, BadInput, ToolchainMissing
 from amoeba_deploy.files import cache_folder
 from amoeba_deploy.model_folder import ModelFolder, load_torch_model
@@ -50,9 +50,8 @@ class CompiledEngine:
 
         from amoeba_deploy.backends.torch_compile.layer import LiveLayer
 
-        if threads is not None:
-            torch.set_num_threads(threads)
         self._device, self._context, self._batch = device, context, batch
+        self._threads = threads
         self._model: Any = load_torch_model(folder, dtype).requires_grad_(False).to(device)
         fix_rotary(self._model)
         held = _spans(context) + SPAN
@@ -93,7 +92,7 @@ class CompiledEngine:
         self._seen[:, self._fed : self._fed + count] = new
         self._fed += count
         run = self._step if count == 1 else self._run
-        with torch.no_grad():
+        with torch_threads(self._threads), torch.no_grad():
             if self._device == "cuda":
                 torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
             logits = run(torch.from_numpy(filled).to(self._device), positions, self._live())
