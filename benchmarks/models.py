@@ -65,3 +65,11 @@ def random_model(folder: Path, config: dict[str, Any], seed: int = 0) -> ModelFo
     write_json(folder / "config.json", config)
     write_tensors(folder / "model.safetensors", sources, {"format": "pt"})
     return ModelFolder(folder)
+
+
+def add_empty_tokenizer(folder: Path) -> None:
+    """Write a tokenizer that knows no token, for tools that insist on one."""
+    from tokenizers import Tokenizer, models
+
+    Tokenizer(models.BPE()).save(str(folder / "tokenizer.json"))
+    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})

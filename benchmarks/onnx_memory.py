@@ -24,7 +24,7 @@ from amoeba_deploy.backends.backend import options_for
 from amoeba_deploy.families import family_of, read_architecture
 from amoeba_deploy.files import write_json
 from amoeba_deploy.model_folder import ModelFolder
-from benchmarks.models import llama_config, random_model
+from benchmarks.models import add_empty_tokenizer, llama_config, random_model
 
 LIMIT = 300e6
 """Bytes of anonymous memory that lowering may take, imports included."""
@@ -130,11 +130,8 @@ def main() -> None:
 
 def compare_builder(work: Path, repeats: int) -> None:
     """Seconds of int4 by the emitter and by onnxruntime-genai's model builder, in turns."""
-    from tokenizers import Tokenizer, models
-
     small = random_model(work / "small", llama_config())
-    Tokenizer(models.BPE()).save(str(small.path / "tokenizer.json"))
-    write_json(small.path / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
+    add_empty_tokenizer(small.path)
     times: dict[str, list[float]] = {"own": [], "oga": []}
     memory = dict.fromkeys(times, 0)
     for turn in range(repeats):
