@@ -41,7 +41,7 @@ def extract_for(
     """Write the dense subnet of a plan that a backend lowers into the empty folder ``dense``."""
     sizes, learnt = checkpoint.architecture, checkpoint.learnt(plan)
     held = sizes if learnt.biases is None else replace(sizes, output_bias=True, mlp_bias=True)
-    takes_ragged = "ragged" in backend.layouts_for(held, precision, options)
+    takes_ragged = "ragged" in backend.layouts(held, precision, options)
     layout: Layout = "ragged" if plan.is_ragged and takes_ragged else "uniform"
     multiple = backend.takes.steps(sizes, 1, precision).multiple
     wanted: dict[str, Any] = {

@@ -215,7 +215,7 @@ def search_target(
     for flow, precision in pairs:
         backend, options = load_backend(flow), target.options(flow)
         shapes, own_sizes = choices(flow, precision)
-        sizes_of = partial(_built_sizes, own_sizes, "ragged" in backend.layouts_for(architecture, precision, options))
+        sizes_of = partial(_built_sizes, own_sizes, "ragged" in backend.layouts(architecture, precision, options))
         predict = predictor(target, sizes_of, architecture.digest, flow, precision, table)
         if table is not None and (flow, precision) not in table.flows(target.workload):
             asked = f"batch {target.workload.batch}, prompt {target.workload.prompt}, tokens {target.workload.tokens}"

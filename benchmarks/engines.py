@@ -116,7 +116,7 @@ def build(name: str, model: ModelFolder, kind: Kind, folder: Path, threads: int,
         refused = backend.cannot_run(kind.precision, options) or ", ".join(backend.toolchain().missing)
         if refused:
             raise AmoebaError(refused)
-        dtype = backend.weight_dtype(kind.precision)
+        dtype = backend.folder_dtype(kind.precision, options)
         output = folder / kind.label.replace(" ", "-")
         if dtype == "float32" and not kind.settings:
             output = model.path

@@ -97,8 +97,9 @@ def ragged(model: ModelFolder, folder: Path) -> ModelFolder:
 
 @pytest.mark.parametrize("name", ["llama-grouped-tied", pytest.param("gemma2", marks=pytest.mark.slow)])
 def test_a_ragged_subnet_is_traced_to_what_transformers_computes(name: str, models: Models, tmp_path: Path) -> None:
-    assert BACKEND.layouts() == ("uniform", "ragged")
-    assert traced_error(ragged(models(name), tmp_path / "dense").path, 40) < 1e-5
+    subnet = ragged(models(name), tmp_path / "dense")
+    assert "ragged" in BACKEND.layouts(subnet.architecture, "fp32", options_for(BACKEND, CONTEXT))
+    assert traced_error(subnet.path, 40) < 1e-5
 
 
 def test_a_program_computes_what_transformers_computes(small: ModelFolder, built: Path) -> None:

@@ -18,7 +18,7 @@ from conftest import GEMMA, GRANITE_SCALES, LLAMA3_ROPE, MODELS, PHI3_LONG_ROPE,
 from amoeba_deploy.backends import load_backend
 from amoeba_deploy.backends.backend import Artefact, options_for
 from amoeba_deploy.backends.conformance import Conformance, fed, random_llama
-from amoeba_deploy.backends.gguf import arches, quantiser, rotary
+from amoeba_deploy.backends.gguf import arches, quantiser
 from amoeba_deploy.backends.gguf.file import GgufFile
 from amoeba_deploy.backends.gguf.weights import Held, held_tensors
 from amoeba_deploy.checkpoint import Checkpoint
@@ -399,21 +399,6 @@ def test_a_mistake_in_what_the_file_holds_is_caught(
         lowered(model, tmp_path, precision)
     with pytest.raises(VerificationFailed, match="is wrong"):
         verify_artefact(GGUF, model, tmp_path, precision, OPTIONS)
-
-
-def test_frequencies_are_those_of_transformers(any_model: Models) -> None:
-    import torch
-    from transformers import AutoConfig
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    for name in ("llama-3-rope", "llama-yarn", "llama-linear", "phi3-long-partial"):
-        model = any_model(name)
-        sizes = model.architecture
-        config = AutoConfig.from_pretrained(model.path, local_files_only=True)
-        wanted, scale = ROPE_INIT_FUNCTIONS[sizes.rope.kind](config, torch.device("cpu"))
-        found, factor = rotary.frequencies(sizes.rope, sizes.head_dim, sizes.context)
-        assert factor == pytest.approx(scale)
-        np.testing.assert_allclose(found, wanted.numpy(), rtol=1e-6)
 
 
 def test_what_is_held_can_be_undone(any_model: Models) -> None:

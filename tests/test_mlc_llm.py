@@ -176,7 +176,7 @@ def test_trap_3_blocks_of_different_widths_are_padded_to_one(checkpoint: Checkpo
     blocks = (block_plan(sizes, 0, [0, 2], range(96)), block_plan(sizes, 2, [1, 2], range(20, 52)))
     plan = Plan(Shape.parse("2x0.5"), blocks)
     assert plan.is_ragged
-    assert MLC.layouts() == ("uniform",)
+    assert MLC.layouts(sizes, "q0f32", options_for(MLC, 128)) == ("uniform",)
     dense, engine = tmp_path / "dense", tmp_path / "engine"
     dense.mkdir()
     engine.mkdir()

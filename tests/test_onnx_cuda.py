@@ -97,7 +97,7 @@ def test_a_window_on_cuda_is_written_out(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_16_bit_weights_are_used_in_place(precision: str, models: Callable[[str], ModelFolder], tmp_path: Path) -> None:
-    dtype = str(ONNX.weight_dtype(precision))
+    dtype = str(ONNX.folder_dtype(precision, CUDA))
     copy_model(models("qwen2"), tmp_path, dtype)
     before = {file.name for file in tmp_path.iterdir()}
     lowered(ModelFolder(tmp_path), tmp_path, precision, CUDA)

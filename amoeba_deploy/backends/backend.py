@@ -164,13 +164,9 @@ class Backend(ABC):
         """The precisions that it lowers to, best quality first."""
         return self.takes.precisions
 
-    def layouts(self) -> tuple[Layout, ...]:
-        """The layouts of a subnet that it lowers: ``uniform``, and ``ragged`` where blocks may differ in size."""
+    def layouts(self, subnet: Architecture, precision: str, options: BuildOptions) -> tuple[Layout, ...]:
+        """The layouts in which it lowers a subnet: ``uniform``, and ``ragged`` where blocks may differ in size."""
         return ("uniform", "ragged") if self.takes.varying else ("uniform",)
-
-    def layouts_for(self, subnet: Architecture, precision: str, options: BuildOptions) -> tuple[Layout, ...]:
-        """Those of ``layouts`` that hold this very subnet, where that depends on its sizes or on what is built."""
-        return self.layouts()
 
     def block_sizes(self, plan: Plan, architecture: Architecture, multiple: int) -> tuple[BlockSizes, ...] | None:
         """The sizes that it wants a ragged plan's blocks padded to, neurons in multiples; None where it takes any."""
@@ -196,13 +192,9 @@ class Backend(ABC):
         """Why it cannot lower this subnet, as half a sentence, or None. Asked before any work is done."""
         return self.takes.refusal(subnet, precision)
 
-    def weight_dtype(self, precision: str) -> str | None:
+    def folder_dtype(self, precision: str, options: BuildOptions) -> str | None:
         """The dtype of the folder that it can use in place as an artefact, or None where it stores weights its way."""
         return None
-
-    def folder_dtype(self, precision: str, options: BuildOptions) -> str | None:
-        """``weight_dtype``, where that depends on what is built."""
-        return self.weight_dtype(precision)
 
     @abstractmethod
     def tolerance(self, precision: str) -> float:
@@ -217,7 +209,7 @@ class Backend(ABC):
     def lower(self, model: ModelFolder, output: Path, precision: str, options: BuildOptions) -> Artefact:
         """Write the artefact of a dense subnet into ``output``, which may be the model's own folder.
 
-        In the model's own folder the weights are used in place, and must be of ``weight_dtype``.
+        In the model's own folder the weights are used in place, and must be of ``folder_dtype``.
 
         Raises:
             BadInput: it refuses the subnet.

@@ -131,7 +131,7 @@ class DenseFolderBackend(Backend):
             return _only_on_cuda(precision)
         return longrope_refusal(subnet, options.context)
 
-    def weight_dtype(self, precision: str) -> str | None:
+    def folder_dtype(self, precision: str, options: BuildOptions) -> str | None:
         return DTYPES[precision]
 
     def tolerance(self, precision: str) -> float:

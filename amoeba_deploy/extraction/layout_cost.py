@@ -83,7 +83,7 @@ def layout_cost(plan: Plan, architecture: Architecture, device: Device) -> Layou
         if precision not in backend.precisions():
             continue
         options = options_for(backend, context, 1, None if device.name == LOCAL else device.architecture)
-        if "ragged" not in backend.layouts_for(architecture, precision, options):
+        if "ragged" not in backend.layouts(architecture, precision, options):
             continue
         if backend.refusal(plan.subnet(architecture), precision, options) is None:
             storage = backend.storage(precision)

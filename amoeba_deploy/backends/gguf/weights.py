@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from amoeba_deploy.backends.gguf.arches import Arch, file_arch, tensor_name
-from amoeba_deploy.backends.gguf.rotary import factors, frequencies, pair_order, turning
+from amoeba_deploy.backends.gguf.rotary import factors, pair_order
 from amoeba_deploy.extraction.ragged import BlockSizes
 from amoeba_deploy.model_folder import ModelFolder
+from amoeba_deploy.rotary import inverse_frequencies, turning
 from amoeba_deploy.tensors import as_float32
 
 Floats = NDArray[np.float32]
@@ -161,7 +162,9 @@ class _Blocks:
     def _query_scale(self) -> Floats | float:
         """Factors on the rows of a query head: of scores, and of cosines and sines of both queries and keys."""
         sizes = self.model.architecture
-        _, length = frequencies(sizes.rope, sizes.head_dim, sizes.context) if self.arch.factored else (None, 1.0)
+        if not self.arch.factored:
+            return self.attention_scale
+        _, length = inverse_frequencies(sizes.rope, sizes.head_dim, sizes.context, np.float64)
         if length == 1:
             return self.attention_scale
         scale = np.full(sizes.head_dim, self.attention_scale, np.float32)

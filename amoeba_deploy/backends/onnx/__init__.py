@@ -113,7 +113,7 @@ class OnnxBackend(Backend):
         provider = _setting(options, "provider")
         return found if provider == "cpu" else replace(found, more={"provider": provider})
 
-    def weight_dtype(self, precision: str) -> str | None:
+    def folder_dtype(self, precision: str, options: BuildOptions) -> str | None:
         return DTYPES.get(precision)
 
     def tolerance(self, precision: str) -> float:

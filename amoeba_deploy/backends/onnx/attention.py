@@ -71,7 +71,8 @@ class Attention:
     def _rotary_tables(self) -> None:
         # One row more than the context: where rows of a batch differ in length, a full one is filled up by one.
         graph = self.graph
-        frequencies, factor = inverse_frequencies(self.sizes.rope, self.sizes.head_dim, self.sizes.context)
+        sizes = self.sizes
+        frequencies, factor = inverse_frequencies(sizes.rope, sizes.head_dim, sizes.context, np.float32)
         graph.constant("rotary.frequencies", frequencies[None])
         graph.constant("rotary.positions", np.arange(self.context + 1, dtype=np.float32)[:, None])
         angles = graph.node("Mul", ["rotary.positions", "rotary.frequencies"], "rotary.angles")

@@ -23,6 +23,7 @@ from amoeba_deploy.backends.onnx.precisions import GRAPH
 from amoeba_deploy.errors import BadInput, ToolchainMissing
 from amoeba_deploy.files import write_json
 from amoeba_deploy.model_folder import ModelFolder
+from amoeba_deploy.rotary import turning
 
 DATA = "model.onnx.data"
 PACKAGE = "onnxruntime-genai"
@@ -48,7 +49,7 @@ def refusal(subnet: Architecture, precision: str, context: int, provider: str) -
             f"the model builder's graph is wrong without a word; ask for --context {subnet.sliding_window} or less"
         )
     if "partial rotary turn" in subnet.traits:
-        turned = int(subnet.head_dim * float(subnet.rope.setting("partial_rotary_factor")))
+        turned = turning(subnet.rope, subnet.head_dim)
         if turned % 16:
             return f"it turns {turned} channels of a head, where the model builder's attention needs a multiple of 16"
     if subnet.family == "phi3" and subnet.heads * subnet.head_dim != subnet.hidden:

@@ -115,7 +115,8 @@ class GraphBuilder:
         """
         op, constant = self.op, self.op.constant
         zero, one = constant(np.int64(0)), constant(np.int64(1))
-        frequencies, factor = inverse_frequencies(self.sizes.rope, self.sizes.head_dim, self.sizes.context)
+        sizes = self.sizes
+        frequencies, factor = inverse_frequencies(sizes.rope, sizes.head_dim, sizes.context, np.float32)
         positions = op.convert(op.unsqueeze(inputs["position_ids"], self.integers(-1)), "f32")
         half = op.multiply(positions, constant(frequencies[None, None]))
         angles = op.unsqueeze(op.concat([half, half], -1), self.integers(1))

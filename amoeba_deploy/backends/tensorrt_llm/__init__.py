@@ -20,7 +20,6 @@ from amoeba_deploy.backends.backend import (
     Identity,
     Toolchain,
     installed_versions,
-    options_for,
     require_legal,
 )
 from amoeba_deploy.backends.takes import KNOWN_ROPES, LLAMAS, Takes
@@ -63,7 +62,7 @@ class TensorrtLlmBackend(Backend):
     )
     settings = SETTINGS
 
-    def layouts_for(self, subnet: Architecture, precision: str, options: BuildOptions) -> tuple[Layout, ...]:
+    def layouts(self, subnet: Architecture, precision: str, options: BuildOptions) -> tuple[Layout, ...]:
         return ("uniform", "ragged") if takes_ragged(subnet, precision, options) else ("uniform",)
 
     def block_sizes(self, plan: Plan, architecture: Architecture, multiple: int) -> tuple[BlockSizes, ...] | None:
@@ -95,9 +94,6 @@ class TensorrtLlmBackend(Backend):
 
     def refusal(self, subnet: Architecture, precision: str, options: BuildOptions) -> str | None:
         return self.takes.refusal(subnet, precision) or refusal(subnet, precision, options)
-
-    def weight_dtype(self, precision: str) -> str | None:
-        return self.folder_dtype(precision, options_for(self, 1))
 
     def folder_dtype(self, precision: str, options: BuildOptions) -> str | None:
         form = form_of(precision, options)
