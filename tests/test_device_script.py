@@ -23,9 +23,10 @@ from amoeba_deploy.checkpoint import Checkpoint
 from amoeba_deploy.device_test import Item, checkpoint_of, examine_item, failure, whole_and_half
 from amoeba_deploy.errors import AmoebaError, BadInput, ToolchainMissing, VerificationFailed
 from amoeba_deploy.model_folder import ModelFolder
-from amoeba_deploy.profiles.imported import Told, import_measurements
+from amoeba_deploy.profiles.imported import import_measurements
 from amoeba_deploy.profiles.profiler import empty_table
 from amoeba_deploy.profiles.table import Row, Table, make_row, read_table, write_table
+from amoeba_deploy.profiles.told import Told
 from amoeba_deploy.profiles.workload import Workload
 from amoeba_deploy.shape import Shape
 

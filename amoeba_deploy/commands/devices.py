@@ -144,7 +144,8 @@ def profile_import(
     from amoeba_deploy.families import read_architecture
     from amoeba_deploy.model_folder import read_config
     from amoeba_deploy.profiles.device import load_device
-    from amoeba_deploy.profiles.imported import Told, import_measurements
+    from amoeba_deploy.profiles.imported import import_measurements
+    from amoeba_deploy.profiles.told import Told
     from amoeba_deploy.shape import Shape
 
     if checkpoint is not None and config is not None:

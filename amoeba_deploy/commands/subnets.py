@@ -157,7 +157,9 @@ def evaluate(
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("-p", "--prompt", required=True, help="Text to continue, or with --chat a question to answer.")
-@click.option("--tokens", type=click.IntRange(1), default=64, show_default=True, help="Tokens to generate at most.")
+@click.option(
+    "--tokens", type=click.IntRange(1), help="Tokens to generate at most.  [default: 64, or what the context leaves]"
+)
 @click.option("--chat", is_flag=True, help="Put the prompt into the model's own chat template.")
 @click.option("--system", help="Instructions that go before the question; with --chat.")
 @click.option("--sample", is_flag=True, help="Draw tokens as generation_config.json says.  [default: the likeliest]")
@@ -166,7 +168,7 @@ def evaluate(
 def run(
     path: Path,
     prompt: str,
-    tokens: int,
+    tokens: int | None,
     chat: bool,
     system: str | None,
     sample: bool,
@@ -196,8 +198,9 @@ def run(
     stops = asked.stops if asked else frozenset()
     subject = found.open()
     timings, pieces = Timings(), []
+    most = tokens or max(1, min(64, subject.context - len(ids)))
     for piece in stream_text(
-        subject.engine, subject.folder, ids, tokens, subject.context, timings, choose=choose, stops=stops
+        subject.engine, subject.folder, ids, most, subject.context, timings, choose=choose, stops=stops
     ):
         pieces.append(piece)
         if not as_json:

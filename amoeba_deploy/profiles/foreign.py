@@ -6,16 +6,14 @@ They say how fast something ran, and hardly what: shape, precision and sizes are
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from amoeba_deploy.profiles.llama_bench import read_llama_bench
 from amoeba_deploy.profiles.mlc_bench import read_mlc_bench
 from amoeba_deploy.profiles.table import Row, Table, make_row
+from amoeba_deploy.profiles.told import Told
 from amoeba_deploy.profiles.trtllm_bench import read_trtllm_bench
 from amoeba_deploy.profiles.workload import Workload
-
-if TYPE_CHECKING:
-    from amoeba_deploy.profiles.imported import Told
 
 
 def _row(

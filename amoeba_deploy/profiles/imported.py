@@ -8,49 +8,18 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from amoeba_deploy import __version__
-from amoeba_deploy.architecture import Architecture
 from amoeba_deploy.errors import BadInput
 from amoeba_deploy.files import sha256_of
 from amoeba_deploy.profiles.foreign import READERS as FOREIGN
 from amoeba_deploy.profiles.table import TABLE_FORMAT, Table, read_table, write_table
-from amoeba_deploy.profiles.workload import Workload
-from amoeba_deploy.shape import Shape
+from amoeba_deploy.profiles.told import Told
 
 _KEPT = ("machine", "engines", "context", "test", "device_facts", "items")
-
-
-@dataclass(frozen=True)
-class Told:
-    """What the user says of files that do not say it themselves; None where the option was left out."""
-
-    architecture: Architecture | None = None
-    """Of the full model that was measured, or that the shape is of."""
-    shape: Shape | None = None
-    flow: str | None = None
-    precision: str | None = None
-    batch: int | None = None
-    prompt: int | None = None
-    tokens: int | None = None
-    peak_memory_bytes: int | None = None
-    artifact_bytes: int | None = None
-
-    def needed(self, file: Path, name: str) -> Any:
-        """One of these, or BadInput with the option that gives it."""
-        found = getattr(self, name)
-        if found is None:
-            option = {"architecture": "--checkpoint or --config", "peak_memory_bytes": "--peak-memory"}
-            option |= {"artifact_bytes": "--artifact-size"}
-            raise BadInput(f"{file}: does not say its {name}; give {option.get(name, '--' + name)}")
-        return found
-
-    def workload(self, file: Path) -> Workload:
-        """Batch (1 where left out), prompt and tokens."""
-        return Workload(self.batch or 1, self.needed(file, "prompt"), self.needed(file, "tokens"))
 
 
 class Reader(Protocol):
