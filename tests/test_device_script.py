@@ -364,6 +364,59 @@ def test_reports_are_merged_into_one_table_and_newer_rows_replace_older_ones(
     assert found.facts["engines"]["onnx"]
 
 
+def llama_bench(file: Path, **changes: Any) -> Path:
+    """llama-bench's JSON of a prompt of 64 and 16 tokens, once, and once more with what is changed."""
+    whole = {"model_filename": "m.gguf", "n_threads": 1, "build_number": 7000, "build_commit": "abc", "n_depth": 0}
+    tests = [
+        whole | more | {"n_prompt": prompt, "n_gen": tokens, "samples_ns": [10**7, 10**7]}
+        for more in ({}, changes)
+        for prompt, tokens in ((64, 0), (0, 16))
+    ]
+    file.write_text(json.dumps(tests if changes else tests[:2]))
+    return file
+
+
+def imported_bench(checkpoint: Checkpoint, file: Path, table: Path, **asked: str) -> Result:
+    told = {"shape": "4x1", "precision": "int4", "peak-memory": "1MB", "artifact-size": "1MB"} | asked
+    options = [part for name, value in told.items() for part in (f"--{name}", value)]
+    return amoeba(
+        "profile", "import", file, "--device", "orin-nx", "-o", table, "--checkpoint", checkpoint.path, *options
+    )
+
+
+def test_a_common_precision_is_written_by_the_engines_own_name(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    table = tmp_path / "table.json"
+    assert imported_bench(checkpoint, llama_bench(tmp_path / "bench.json"), table).exit_code == 0
+    (row,) = read_table(table).rows
+    assert (row.flow, row.precision) == ("gguf", "q4_k_m")
+
+
+@pytest.mark.parametrize(
+    ("asked", "reason"),
+    [
+        ({"flow": "ggfu"}, "did you mean 'gguf'"),
+        ({"precision": "q9"}, "no precision 'q9'"),
+        ({"shape": "99x1"}, "the shape 99x1 is deeper than the model, which has 4 blocks"),
+    ],
+)
+def test_what_no_engine_or_model_has_is_not_imported(
+    asked: dict[str, str], reason: str, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    table = tmp_path / "table.json"
+    said = refusal(imported_bench(checkpoint, llama_bench(tmp_path / "bench.json"), table, **asked), 2)
+    assert reason in said
+    assert not table.exists()
+
+
+@pytest.mark.parametrize("changes", [{"n_threads": 4}, {"model_filename": "other.gguf"}])
+def test_two_measurements_of_one_row_in_a_file_are_refused(
+    changes: dict[str, Any], checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    file = llama_bench(tmp_path / "bench.json", **changes)
+    said = refusal(imported_bench(checkpoint, file, tmp_path / "table.json"), 2)
+    assert "measures gguf q4_k_m 4x1.0 (batch 1, prompt 64, 16 tokens) more than once" in said
+
+
 def test_a_file_that_is_imported_again_is_named_once(measured: Path, tmp_path: Path) -> None:
     for _ in range(2):
         assert imported(tmp_path / "table.json", measured).exit_code == 0
@@ -451,21 +504,25 @@ MLC_BENCH = "\n".join(",".join(map(str, line)) for line in (MLC_COLUMNS, MLC_COL
 
 
 @pytest.mark.parametrize(
-    ("content", "flow"),
-    [(json.dumps(LLAMA_BENCH), "gguf"), (json.dumps(SERVING), "tensorrt-llm"), (MLC_BENCH, "mlc-llm")],
+    ("content", "flow", "precision"),
+    [
+        (json.dumps(LLAMA_BENCH), "gguf", "q8_0"),
+        (json.dumps(SERVING), "tensorrt-llm", "fp8"),
+        (MLC_BENCH, "mlc-llm", "q4f16_1"),
+    ],
     ids=["llama-bench", "benchmark_serving", "mlc_llm.bench"],
 )
 def test_files_of_the_engines_own_benchmarks_become_rows(
-    checkpoint: Checkpoint, tmp_path: Path, content: str, flow: str
+    checkpoint: Checkpoint, tmp_path: Path, content: str, flow: str, precision: str
 ) -> None:
     (tmp_path / "bench").write_text(content)
-    told = ("--precision", "own", "--shape", "2x0.5", "--checkpoint", checkpoint.path)
+    told = ("--precision", precision, "--shape", "2x0.5", "--checkpoint", checkpoint.path)
     sizes = ("--peak-memory", "1GB", "--artifact-size", "10MB")
     assert "--peak-memory" in refusal(imported(tmp_path / "table.json", tmp_path / "bench", *told), 2)
     done = imported(tmp_path / "table.json", tmp_path / "bench", *told, *sizes)
     assert done.exit_code == 0, done.stderr
     (row,) = read_table(tmp_path / "table.json").rows
-    assert (row.flow, row.precision, row.prompt, row.tokens) == (flow, "own", 16, 8)
+    assert (row.flow, row.precision, row.prompt, row.tokens) == (flow, precision, 16, 8)
     assert (row.ttft_ms, row.tpot_ms) == (30.0, 5.0)
     assert row.p10 <= row.tpot_ms <= row.p90
 

@@ -226,3 +226,15 @@ def test_too_long_a_workload_is_refused() -> None:
     with pytest.raises(BadInput, match="exceeds the model's 512"):
         WORKLOAD.context_for(512, 1000)
     assert (WORKLOAD.context_for(512), WORKLOAD.context_for(8192)) == (512, 2048)
+
+
+def test_precisions_that_nobody_named_are_left_out_where_they_fail(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    command = ("profile", checkpoint.path, "--flow", "onnx", "--shapes", "2x1", "--prompt", 8, "--tokens", 4)
+    command += ("--context", 32, "--repeats", 3, "-o", tmp_path / "table.json")
+    done = amoeba(*command)
+    assert done.exit_code == 0, done.stderr
+    assert "left out onnx bf16: it refuses the shape 2x1: ONNX Runtime's CPU provider" in done.stderr
+    assert {row.precision for row in read_table(tmp_path / "table.json").rows} == {"fp32", "fp16", "int8", "int4"}
+    named = amoeba(*command, "--precision", "bf16", "--force")
+    assert named.exit_code == 2
+    assert "the flow 'onnx' refuses the shape 2x1" in named.stderr

@@ -118,6 +118,26 @@ def test_an_fp32_engine_copies_no_weights(models: Callable[[str], ModelFolder], 
     assert all(file.stat().st_mtime_ns == time for file, time in before.items())
 
 
+@pytest.mark.parametrize("content", [b"", b"not a graph", None], ids=["empty", "junk", "truncated"])
+def test_a_damaged_graph_is_one_sentence(
+    content: bytes | None, models: Callable[[str], ModelFolder], tmp_path: Path
+) -> None:
+    folder = lowered(models("llama-grouped-tied"), tmp_path / "engine")
+    whole = (folder / "model.onnx").read_bytes()
+    (folder / "model.onnx").write_bytes(whole[: len(whole) // 2] if content is None else content)
+    with pytest.raises(BadInput, match=r"model\.onnx: onnxruntime .* cannot open it .*; build it again"):
+        ONNX.open(folder, "fp32")
+
+
+def test_a_release_that_lacks_operators_is_refused(
+    models: Callable[[str], ModelFolder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = lowered(models("llama-grouped-tied"), tmp_path / "engine")
+    monkeypatch.setattr("onnxruntime.__version__", "1.22.1")
+    with pytest.raises(ToolchainMissing, match=r"needs onnxruntime 1\.23 or newer, and 1\.22\.1 is installed"):
+        ONNX.open(folder, "fp32")
+
+
 def test_weights_of_another_dtype_cannot_be_used_in_place(models: Callable[[str], ModelFolder], tmp_path: Path) -> None:
     model = models("mistral")
     extract(model, random_selection(model).plan(model.architecture, Shape.parse("2x1")), tmp_path, dtype="bfloat16")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -153,6 +156,31 @@ def test_a_missing_compiler_is_said_before_anything_is_loaded(models: Models, mo
     assert "no-such-compiler" in str(BACKEND.cannot_run("fp32", options_for(BACKEND, 64)))
     with pytest.raises(ToolchainMissing, match=reason):
         BACKEND.open(models("llama-grouped-tied").path, "fp32", context=8)
+
+
+@needs_compiler
+def test_a_compiler_that_compiles_nothing_is_one_sentence(small: ModelFolder, tmp_path: Path) -> None:
+    code = """
+import sys
+from pathlib import Path
+from amoeba_deploy.backends import load_backend
+from amoeba_deploy.errors import AmoebaError
+try:
+    load_backend("torch-compile").open(Path(sys.argv[1]), "fp32", context=8)
+except AmoebaError as error:
+    print(error)
+"""
+    # In a process of its own: TorchInductor finds its compiler once.
+    where = os.environ | {"CXX": "false", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code, small.path], env=where, capture_output=True, text=True)
+    assert done.stdout.startswith("the C++ compiler did not compile the model's graph: "), done.stderr
+    assert done.stdout.count("\n") == 1
+
+
+def test_an_empty_name_of_a_compiler_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = no_compiler()
+    monkeypatch.setenv("CXX", "")
+    assert no_compiler() == usual
 
 
 @pytest.mark.parametrize("flow", ["torch", "torch-compile"])

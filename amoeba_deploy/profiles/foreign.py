@@ -8,6 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from amoeba_deploy.backends import load_backend
+from amoeba_deploy.backends.backend import check_precision
+from amoeba_deploy.errors import BadInput
 from amoeba_deploy.profiles.llama_bench import read_llama_bench
 from amoeba_deploy.profiles.mlc_bench import read_mlc_bench
 from amoeba_deploy.profiles.table import Row, Table, make_row
@@ -20,8 +23,13 @@ def _row(
     file: Path, told: Told, flow: str, workload: Workload, ttft: float, tpot: float, spread: tuple[float, float], n: int
 ) -> Row:
     sizes = told.needed(file, "peak_memory_bytes"), told.needed(file, "artifact_bytes")
-    shape, precision = told.needed(file, "shape"), told.needed(file, "precision")
-    return make_row(told.flow or flow, precision, shape, workload, (ttft, tpot, *spread, n), sizes)
+    shape, depth = told.needed(file, "shape"), told.needed(file, "architecture").depth
+    if shape.depth > depth:
+        raise BadInput(f"{file}: the shape {shape} is deeper than the model, which has {depth} blocks")
+    backend = load_backend(told.flow or flow)
+    precision = backend.takes.own_name(told.needed(file, "precision"))
+    check_precision(backend, precision)
+    return make_row(backend.flow, precision, shape, workload, (ttft, tpot, *spread, n), sizes)
 
 
 def _table(file: Path, told: Told, rows: list[Row], facts: dict[str, Any]) -> Table:
@@ -43,7 +51,8 @@ class LlamaBenchReader:
                  r.timing.repeats)
             for r in found
         ]  # fmt: skip
-        return _table(file, told, rows, {"engines": {"llama.cpp": found[0].build}})
+        test = {"threads": found[0].threads, "generation_begins_at": sorted({r.depth for r in found})}
+        return _table(file, told, rows, {"engines": {"llama.cpp": found[0].build}, "test": test})
 
 
 class TrtllmBenchReader:

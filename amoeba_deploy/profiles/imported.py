@@ -7,6 +7,7 @@ A reader knows one form of file; the first that recognises a file reads it. Thos
 from __future__ import annotations
 
 import datetime
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -98,6 +99,14 @@ def import_measurements(files: Sequence[Path], device: str, told: Told, output: 
         found, form = read_measurements(file, told)
         if not found.rows:
             raise BadInput(f"{file}: holds no measurement, so there is nothing to import; see its items for why")
+        twice = [key for key, count in Counter(row.key for row in found.rows).items() if count > 1]
+        if twice:
+            flow, precision, depth, width, _, batch, prompt, tokens = twice[0]
+            row = f"{flow} {precision} {depth}x{width} (batch {batch}, prompt {prompt}, {tokens} tokens)"
+            raise BadInput(
+                f"{file}: measures {row} more than once, of other files, threads or rates perhaps; import one of them "
+                f"in a file of its own"
+            )
         if table is None:
             kept = {name: found.facts[name] for name in _KEPT[:3] if name in found.facts}
             table = Table(device, found.architecture_digest, kept, ())

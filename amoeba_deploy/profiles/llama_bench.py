@@ -46,12 +46,15 @@ class LlamaBench:
 def llama_bench_command(file: Path | str, workload: Workload) -> tuple[str, ...]:
     """The command to run on the device; its output is what ``read_llama_bench`` reads.
 
+    Generation is measured behind the prompt too, not only into an empty cache.
+
     Raises:
         BadInput: the workload has several sequences, which llama-bench does not measure.
     """
     if workload.batch != 1:
         raise BadInput(f"llama-bench measures one sequence at a time, and the workload has {workload.batch}")
-    return ("llama-bench", "-m", str(file), "-p", str(workload.prompt), "-n", str(workload.tokens), "-o", "json")
+    prompt = str(workload.prompt)
+    return ("llama-bench", "-m", str(file), "-p", prompt, "-n", str(workload.tokens), "-d", f"0,{prompt}", "-o", "json")
 
 
 def read_llama_bench(path: Path) -> tuple[LlamaBench, ...]:

@@ -21,6 +21,7 @@ from amoeba_deploy.profiles.profiler import (
     local_table,
     local_table_file,
     profile,
+    refusal_of,
 )
 from amoeba_deploy.profiles.table import Table, write_table
 from amoeba_deploy.profiles.workload import Workload
@@ -90,6 +91,8 @@ def profile_to(
     pairs = ready_combinations(flows, precisions)
     positions = workload.context_for(checkpoint.architecture.context, context)
     wanted = shapes_named(checkpoint, shapes)
+    if not precisions:
+        pairs = _without_refused(checkpoint, pairs, wanted, positions, workload.batch, progress)
     table = profile(
         checkpoint, pairs, wanted, workload, positions, repeats=repeats, budget=budget, device=device, progress=progress
     )
@@ -101,6 +104,32 @@ def profile_to(
     file = local_table_file(checkpoint)
     write_table(file, together, force=True)
     return together, file
+
+
+def _without_refused(
+    checkpoint: Checkpoint,
+    pairs: Sequence[tuple[str, str]],
+    shapes: Sequence[Shape],
+    context: int,
+    batch: int,
+    progress: Progress,
+) -> list[tuple[str, str]]:
+    """The pairs that can be measured here, where nobody named the others; those are said.
+
+    Raises:
+        BadInput: none can.
+    """
+    kept = []
+    for flow, precision in pairs:
+        refused = refusal_of(checkpoint, flow, precision, shapes, context, batch)
+        if refused:
+            progress.say(f"left out {flow} {precision}: it refuses {refused}")
+        else:
+            kept.append((flow, precision))
+    if not kept:
+        flows = ", ".join(dict.fromkeys(flow for flow, _ in pairs))
+        raise BadInput(f"no precision of {flows} can be measured here; the reasons stand above")
+    return kept
 
 
 def table_with(

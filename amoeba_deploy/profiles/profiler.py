@@ -126,6 +126,20 @@ def _row(built: Built, timing: Timing, vocabulary: int, workload: Workload, cont
     return make_row(built.flow, built.precision, built.shape, workload, astuple(timing), (memory, size))
 
 
+def refusal_of(
+    checkpoint: Checkpoint, flow: str, precision: str, shapes: Sequence[Shape], context: int, batch: int
+) -> str | None:
+    """The first of the shapes that cannot be measured here in a flow and precision, with the reason, or None."""
+    backend = load_backend(flow)
+    options = options_for(backend, context, batch)
+    for shape in shapes:
+        sizes = checkpoint.sized(shape, steps_of(checkpoint, backend, precision))
+        refused = backend.refusal(sizes, precision, options) or backend.cannot_run(precision, options)
+        if refused:
+            return f"the shape {shape}: {refused}"
+    return None
+
+
 def profile(
     checkpoint: Checkpoint,
     combinations: Sequence[tuple[str, str]],
@@ -155,14 +169,10 @@ def profile(
         BadInput: a flow has no such precision, or refuses a shape.
     """
     for flow, precision in combinations:
-        backend = load_backend(flow)
-        check_precision(backend, precision)
-        options = options_for(backend, context, workload.batch)
-        for shape in shapes:
-            sizes = checkpoint.sized(shape, steps_of(checkpoint, backend, precision))
-            refused = backend.refusal(sizes, precision, options) or backend.cannot_run(precision, options)
-            if refused:
-                raise BadInput(f"the flow '{flow}' refuses the shape {shape}: {refused}")
+        check_precision(load_backend(flow), precision)
+        refused = refusal_of(checkpoint, flow, precision, shapes, context, workload.batch)
+        if refused:
+            raise BadInput(f"the flow '{flow}' refuses {refused}")
     table = empty_table(checkpoint, context, device)
     vocabulary = checkpoint.architecture.vocabulary
     deadline = time.perf_counter() + budget

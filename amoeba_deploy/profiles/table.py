@@ -45,6 +45,11 @@ class Row:
     artifact_bytes: int
 
     @property
+    def key(self) -> tuple[Any, ...]:
+        """What a table holds one row of: flow, precision, shape and workload."""
+        return (self.flow, self.precision, self.depth, self.width, self.policy, self.batch, self.prompt, self.tokens)
+
+    @property
     def shape(self) -> Shape:
         """The shape that was measured."""
         return Shape(self.depth, parse_width(str(self.width)))
@@ -99,11 +104,7 @@ class Table:
 
     def merged(self, rows: Iterable[Row]) -> Table:
         """The table with further rows; a newer row replaces the one of the same shape, flow, precision, workload."""
-
-        def key(row: Row) -> tuple[Any, ...]:
-            return (row.flow, row.precision, row.depth, row.width, row.policy, row.batch, row.prompt, row.tokens)
-
-        together = {key(row): row for row in (*self.rows, *rows)}
+        together = {row.key: row for row in (*self.rows, *rows)}
         order = sorted(together, key=lambda k: (*k[:2], -k[2], -float(Fraction(str(k[3]))), *k[4:]))
         return Table(self.device, self.architecture_digest, self.facts, tuple(together[k] for k in order))
 

@@ -108,7 +108,7 @@ class OnnxBackend(Backend):
         return f"onnxruntime as installed here has no {PROVIDERS[provider]}, which {INSTALL_CUDA} brings"
 
     def identity(self, precision: str, options: BuildOptions) -> Identity:
-        # Any release of ONNX Runtime that knows the graph's operator set runs it, on any processor; on CUDA any GPU.
+        # Any release of ONNX Runtime from the engine's LEAST_RELEASE on runs it, on any processor; on CUDA any GPU.
         found = super().identity(precision, options)
         provider = _setting(options, "provider")
         return found if provider == "cpu" else replace(found, more={"provider": provider})

@@ -16,6 +16,8 @@ from amoeba_deploy.errors import BadInput, ToolchainMissing
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 INSTALL_CUDA = "pip install onnxruntime-gpu"
+LEAST_RELEASE = (1, 23)
+"""Of ONNX Runtime. 1.20 has another GroupQueryAttention, 1.22 lacks what GatherBlockQuantized is asked for."""
 _ELEMENTS = {"tensor(float)": 1, "tensor(float16)": 10, "tensor(bfloat16)": 16}
 """ONNX's numbers of the types that a cache may have."""
 
@@ -34,6 +36,13 @@ class OnnxEngine:
         """
         import onnxruntime
 
+        release = onnxruntime.__version__
+        if tuple(map(int, release.split(".")[:2])) < LEAST_RELEASE:
+            least = ".".join(map(str, LEAST_RELEASE))
+            raise ToolchainMissing(
+                f"{folder}: needs onnxruntime {least} or newer, and {release} is installed; run pip install -U "
+                f"onnxruntime"
+            )
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
         options.log_severity_level = 4
@@ -46,7 +55,13 @@ class OnnxEngine:
         if wanted not in onnxruntime.get_available_providers():
             raise ToolchainMissing(f"{folder}: was built for {provider}, which onnxruntime lacks; run {INSTALL_CUDA}")
         source = graph or str(folder / GRAPH)
-        self._session = onnxruntime.InferenceSession(source, sess_options=options, providers=[wanted])
+        try:
+            self._session = onnxruntime.InferenceSession(source, sess_options=options, providers=[wanted])
+        except Exception as error:  # ONNX Runtime's have no common base
+            reason = str(error).strip().partition("\n")[0]
+            raise BadInput(
+                f"{folder / GRAPH}: onnxruntime {release} cannot open it ({reason:.200}); build it again"
+            ) from None
         if self._session.get_providers()[0] != wanted:
             raise ToolchainMissing(f"{folder}: was built for {provider}, and onnxruntime finds no such device here")
         self._device, self._context, self._head_size = provider, built_for.context, built_for.head_size

@@ -119,14 +119,18 @@ class CompiledEngine:
         return logits
 
     def _warm_up(self) -> None:
-        from torch._inductor.exc import CppCompileError
+        from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler
 
         try:
             with _compiled_code_in_our_cache():
                 for _ in range(min(WARM_UP, self._context)):
                     self.feed(np.zeros((self._batch, 1), np.int64))
-        except CppCompileError as error:
-            reason = next((line for line in str(error).splitlines() if "error" in line.lower()), str(error)[:200])
+        except (CppCompileError, InductorError, InvalidCxxCompiler) as error:
+            cause = error.inner_exception if isinstance(error, InductorError) else error
+            if not isinstance(cause, (CppCompileError, InvalidCxxCompiler)):
+                raise
+            reason = next((line for line in str(cause).splitlines() if "error" in line.lower()), str(cause)[:200])
+            reason = reason or f"{os.environ.get('CXX') or 'g++'} is no C++ compiler"
             raise AmoebaError(f"the C++ compiler did not compile the model's graph: {reason.strip()}") from None
         self.reset()
 
@@ -181,7 +185,7 @@ class TorchCompileBackend(DenseFolderBackend):
 
 def no_compiler() -> str | None:
     """Why TorchInductor cannot compile for this machine's CPU, as half a sentence, or None."""
-    compiler = shlex.split(os.environ.get("CXX", "g++"))[0]
+    compiler = shlex.split(os.environ.get("CXX") or "g++")[0]
     if shutil.which(compiler) is None:
         return f"it needs the C++ compiler {compiler}, which is not on the path; install it (Debian: apt install g++)"
     if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
