@@ -75,11 +75,18 @@ def test_without_the_tool_compiling_is_a_step_for_the_device(
         "trtllm-build --checkpoint_dir engine/checkpoint --output_dir engine/engines --max_batch_size 1 "
     )
     assert first["needs"].startswith("4 NVIDIA GPUs of sm_90 and TensorRT-LLM 1.2")
-    assert "--backend tensorrt --engine_dir engine/engines" in artefact.steps[2].to_json()["command"]
+    assert [step.command[0] for step in artefact.steps] == ["trtllm-build"]
+    made_requests, measured = artefact.usage
+    for command in (made_requests, measured):
+        # It reads the headers of the model's safetensors, and the bundle has none of the whole model.
+        assert command.command[:5] == ("trtllm-bench", "--model", "DENSE", "--model_path", "DENSE")
+        assert "DENSE stands for the folder that 'amoeba extract --layout uniform' writes" in command.needs
+    assert "--backend tensorrt --engine_dir engine/engines" in measured.to_json()["command"]
     assert "compiled on the device" in artefact.notes[0]
     old = TENSORRT.lower(made("llama"), Path(shutil.copytree(tmp_path / "checkpoint", tmp_path / "b")), "fp16",
                          options(release="0.12"))  # fmt: skip
-    assert [step.command[0] for step in old.steps] == ["trtllm-build", "gptManagerBenchmark"]
+    assert [step.command[0] for step in old.steps] == ["trtllm-build"]
+    assert [command.command[0] for command in old.usage] == ["gptManagerBenchmark"]
 
 
 def test_with_the_tool_and_the_devices_gpu_here_engines_are_compiled(
@@ -95,7 +102,8 @@ def test_with_the_tool_and_the_devices_gpu_here_engines_are_compiled(
         "rank0.engine",
         "rank1.engine",
     ]
-    assert not any(step.command[0] == "trtllm-build" for step in artefact.steps)
+    assert artefact.steps == ()
+    assert [command.command[0] for command in artefact.usage] == ["trtllm-bench", "trtllm-bench"]
     assert engines.builds_here("fp16", options(form="B"))
     assert not engines.builds_here("fp16", options("sm_86", form="B")), "the GPU here is another one"
     assert not engines.builds_here("fp16", options("sm_90"))

@@ -162,18 +162,20 @@ def test_the_yaml_has_the_arguments_of_the_llm_interface(dense: ModelFolder) -> 
 
 
 @pytest.mark.parametrize(("release", "flag"), [("1.3", "--config"), ("1.2", "--extra_llm_api_options")])
-def test_the_steps_of_form_a_are_the_releases_commands(release: str, flag: str, dense: ModelFolder) -> None:
-    steps = TENSORRT.lower(dense, dense.path, "fp16", options("sm_90", tp=2, release=release, batch=4)).steps
-    lines = [step.to_json()["command"] for step in steps]
+def test_form_a_is_complete_and_is_used_by_the_releases_commands(release: str, flag: str, dense: ModelFolder) -> None:
+    artefact = TENSORRT.lower(dense, dense.path, "fp16", options("sm_90", tp=2, release=release, batch=4))
+    assert artefact.steps == ()
+    lines = [command.to_json()["command"] for command in artefact.usage]
     assert lines == [
-        "trtllm-bench --model engine --model_path engine prepare-dataset --output requests.json token-norm-dist "
+        "trtllm-bench --model engine --model_path engine prepare-dataset --output ../requests.json token-norm-dist "
         "--num-requests 64 --input-mean 32 --input-stdev 0 --output-mean 32 --output-stdev 0",
-        "trtllm-bench --model engine --model_path engine throughput --dataset requests.json --backend pytorch "
+        "trtllm-bench --model engine --model_path engine throughput --dataset ../requests.json --backend pytorch "
         f"{flag} engine/bench.yaml --max_seq_len 64 --tp 2 --pp 1 --streaming --concurrency 4 "
-        "--report_json report.json",
+        "--report_json ../report.json",
         f"trtllm-serve engine --port 8000 {flag} engine/serve.yaml",
     ]
-    assert all(step.needs.startswith(f"2 NVIDIA GPUs of sm_90 and TensorRT-LLM {release}") for step in steps)
+    needs = f"2 NVIDIA GPUs of sm_90 and TensorRT-LLM {release}"
+    assert all(command.needs.startswith(needs) for command in artefact.usage)
 
 
 def test_a_folder_in_another_dtype_is_not_used_in_place(dense: ModelFolder) -> None:
@@ -251,7 +253,7 @@ def test_neither_the_head_nor_the_embedding_is_quantised() -> None:
 
 def test_an_engine_is_not_opened_here_and_it_is_said_where(tmp_path: Path) -> None:
     assert "run on NVIDIA GPUs" in str(TENSORRT.cannot_run("fp16", options()))
-    with pytest.raises(ToolchainMissing, match="run the steps of the bundle's manifest on the device"):
+    with pytest.raises(ToolchainMissing, match="run the commands of the bundle's manifest on the device"):
         TENSORRT.open(tmp_path, "fp16")
 
 
@@ -358,7 +360,14 @@ def test_form_a_pads_blocks_of_different_widths(source: Checkpoint, tmp_path: Pa
     config = config_of(output / "engine")
     assert config["model_type"] in ("llama", "mistral")
     assert {info.dtype for info in ModelFolder(output / "engine").tensors.infos.values()} == {"BF16"}
-    assert found["manifest"]["steps"][-1]["command"].startswith("trtllm-serve engine")
+    assert found["manifest"]["steps"] == []
+    assert found["manifest"]["usage"] == found["printed"]["usage"]
+    assert found["manifest"]["usage"][-1]["command"].startswith("trtllm-serve engine")
+    before = (output / "manifest.json").read_bytes()
+    done = amoeba("bundle", "finish", output)
+    assert done.exit_code == 0, done.stderr
+    assert "nothing left to do" in done.stdout
+    assert (output / "manifest.json").read_bytes() == before
 
 
 def test_the_best_shape_for_a_jetson_is_one_that_edge_llm_takes(source: Checkpoint, tmp_path: Path) -> None:

@@ -82,21 +82,26 @@ class BuildOptions:
 
 
 @dataclass(frozen=True)
-class Step:
-    """A command that is still to be run on the device, in the bundle's folder, and what must be installed there."""
+class Command:
+    """A command for the bundle's folder, and what must be installed where it runs."""
 
     does: str
     command: tuple[str, ...]
     needs: str = ""
 
     def to_json(self) -> dict[str, str]:
-        """The entry in a manifest's ``steps``."""
+        """The entry in a manifest."""
         return {"does": self.does, "command": shlex.join(self.command), "needs": self.needs}
 
 
 @dataclass(frozen=True)
+class Step(Command):
+    """A command without which the engine is not finished. It must end by itself: ``amoeba bundle finish`` waits."""
+
+
+@dataclass(frozen=True)
 class Artefact:
-    """What lowering wrote: steps to finish it on the device, notes for the user, and facts for the manifest."""
+    """What lowering wrote: steps to finish it, notes for the user, facts for the manifest, and how to use it."""
 
     folder: Path
     precision: str
@@ -104,6 +109,8 @@ class Artefact:
     notes: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
     """JSON values that follow from the build alone: no times, no paths of this machine."""
+    usage: tuple[Command, ...] = ()
+    """Commands of the engine's own tools that serve or measure the finished engine; nothing here runs them."""
 
 
 @dataclass(frozen=True)

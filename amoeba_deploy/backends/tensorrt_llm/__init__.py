@@ -1,7 +1,7 @@
 """The ``tensorrt-llm`` flow: folders and checkpoints for NVIDIA's TensorRT-LLM, and for TensorRT Edge-LLM on Jetson.
 
 Nothing of NVIDIA's is needed to write them, and nothing here runs them: what can be proven without a GPU is proven
-before ``lower`` returns, the rest are steps for the device. docs/backend_tensorrt_llm.md explains the forms.
+before ``lower`` returns, the rest are commands for the device. docs/backend_tensorrt_llm.md explains the forms.
 """
 
 from __future__ import annotations
@@ -123,7 +123,8 @@ class TensorrtLlmBackend(Backend):
             notes = edge.edge_notes(model.architecture.family)
             return Artefact(output, precision, edge.edge_steps(precision, options), notes, facts)
         serving.write_serving(output, options)
-        return Artefact(output, precision, serving.serving_steps(options), facts=self._facts(precision, options))
+        facts = self._facts(precision, options)
+        return Artefact(output, precision, facts=facts, usage=serving.serving_commands(options))
 
     def _dense(self, model: ModelFolder, output: Path, precision: str, options: BuildOptions) -> None:
         """The folder itself, used in place where it is the model's own."""
@@ -155,7 +156,8 @@ class TensorrtLlmBackend(Backend):
             engine.build(output, precision, options)
         notes = () if built else ("the checkpoint is compiled on the device: trtllm-build and that GPU are not here",)
         facts = self._facts(precision, options) | {"tensors_compared": compared}
-        return Artefact(output, precision, engine.engine_steps(precision, options, built), notes, facts)
+        steps, usage = engine.engine_steps(precision, options, built), engine.engine_commands(options)
+        return Artefact(output, precision, steps, notes, facts, usage)
 
     def _facts(self, precision: str, options: BuildOptions) -> dict[str, Any]:
         return {"form": form_of(precision, options), **mapping_of(options).to_json()}
@@ -163,7 +165,7 @@ class TensorrtLlmBackend(Backend):
     def open(
         self, artefact: Path, precision: str, threads: int | None = None, *, context: int | None = None, batch: int = 1
     ) -> Engine:
-        raise ToolchainMissing(f"{artefact}: {_CANNOT_RUN}; run the steps of the bundle's manifest on the device")
+        raise ToolchainMissing(f"{artefact}: {_CANNOT_RUN}; run the commands of the bundle's manifest on the device")
 
     def reference_folder(self, model: ModelFolder, artefact: Path, precision: str, output: Path) -> Path | None:
         return None if precision in WEIGHT_ONLY or precision == "fp8" else model.path
