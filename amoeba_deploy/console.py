@@ -371,10 +371,11 @@ def _print_perplexity(verified: Verification) -> None:
 def print_commands(done: ExportAnswer, of: str = "") -> None:
     """The steps that are still to be run, and the commands that serve or measure the engine once it is finished."""
     artefact = done.export.artefact
-    named = [(f"step {number}", step) for number, step in enumerate(artefact.steps, 1)]
-    for name, one in (*named, *(("use", command) for command in artefact.usage)):
+    places = {"device": "the device", "host": "a host"}
+    named = [(f"step {number}{of} on {places[step.where]}", step) for number, step in enumerate(artefact.steps, 1)]
+    for name, one in (*named, *((f"use{of} on the device", command) for command in artefact.usage)):
         needs = f" (needs {one.needs})" if one.needs else ""
-        click.echo(f"{name}{of} on the device{needs}, {one.does}:\n  {shlex.join(one.command)}")
+        click.echo(f"{name}{needs}, {one.does}:\n  {shlex.join(one.command)}")
 
 
 def print_export(done: ExportAnswer) -> None:

@@ -175,6 +175,7 @@ def test_a_jetson_gets_the_folder_and_the_steps_of_edge_llm(jetpack: str, lines:
     assert [step.to_json()["command"] for step in artefact.steps] == lines
     assert artefact.facts == {"form": "edge", "jetpack": jetpack}
     assert ["x86-64" in step.needs for step in artefact.steps] == [True, True, False]
+    assert [step.where for step in artefact.steps] == ["host", "host", "device"]
     assert f"JetPack {jetpack}" in artefact.steps[-1].needs
     assert not (dense.path / "serve.yaml").exists()
     assert [step.command[0] for step in TENSORRT.lower(dense, dense.path, "fp16", asked).steps][-1] == "llm_build"

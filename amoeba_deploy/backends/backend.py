@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,8 @@ from amoeba_deploy.precision import StorageFormat
 
 Ids = NDArray[np.int64]
 Counts = NDArray[np.int64]
+Where = Literal["device", "host"]
+"""Where a step runs."""
 
 EXACT_TOLERANCE = 1e-5
 """Of engines that compute in float32, as a share of the reference's largest logit: sums differ in their order only.
@@ -97,6 +99,12 @@ class Command:
 @dataclass(frozen=True)
 class Step(Command):
     """A command without which the engine is not finished. It must end by itself: ``amoeba bundle finish`` waits."""
+
+    where: Where = "device"
+    """``host``: on another machine than the device, before the steps there; the whole bundle is then copied over."""
+
+    def to_json(self) -> dict[str, str]:
+        return {**super().to_json(), "where": self.where}
 
 
 @dataclass(frozen=True)
