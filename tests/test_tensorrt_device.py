@@ -21,6 +21,7 @@ from tensorrt_models import (  # noqa: F401
 from amoeba_deploy.backends.tensorrt_llm import engine as engines
 from amoeba_deploy.errors import AmoebaError
 from amoeba_deploy.model_folder import ModelFolder
+from amoeba_deploy.profiles import machine
 from amoeba_deploy.profiles.device import load_device
 from amoeba_deploy.request import Space
 
@@ -181,6 +182,27 @@ def test_a_jetson_gets_the_folder_and_the_steps_of_edge_llm(jetpack: str, lines:
     assert [step.command[0] for step in TENSORRT.lower(dense, dense.path, "fp16", asked).steps][-1] == "llm_build"
     assert len(TENSORRT.lower(dense, dense.path, "fp16", asked).steps) == 2
     assert TENSORRT.identity("w4a16", asked).to_json()["more"]["jetpack"] == jetpack
+
+
+def test_this_machine_gets_the_form_of_a_jetson_where_it_is_one(
+    dense: ModelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("amoeba_deploy.profiles.machine.own_chips", lambda: ("aarch64", "sm_87"))
+    assert TENSORRT.lower(dense, dense.path, "w4a16", options()).facts["form"] == "edge"
+    assert TENSORRT.identity("w4a16", options()).chip == "sm_87", "a host that does its steps is another machine"
+    assert "TensorRT Edge-LLM has no bf16 on sm_87" in str(TENSORRT.refusal(dense.architecture, "bf16", options()))
+    assert TENSORRT.identity("bf16", options("sm_90")).more["form"] == "A", "the device is not this machine"
+
+
+def test_a_jetson_is_known_by_its_device_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree = tmp_path / "compatible"
+    monkeypatch.setattr(machine, "_DEVICE_TREE", tree)
+    found = machine.own_chips.__wrapped__
+    assert "sm_87" not in found()
+    tree.write_bytes(b"raspberrypi,5-model-b\0brcm,bcm2712\0")
+    assert "sm_87" not in found()
+    tree.write_bytes(b"nvidia,p3737-0000+p3701-0000\0nvidia,tegra234\0")
+    assert found()[-1] == "sm_87"
 
 
 def test_a_mistral_on_a_jetson_is_noted(tmp_path: Path) -> None:

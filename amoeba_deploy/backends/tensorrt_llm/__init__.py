@@ -24,7 +24,15 @@ from amoeba_deploy.backends.backend import (
 )
 from amoeba_deploy.backends.takes import KNOWN_ROPES, LLAMAS, Takes
 from amoeba_deploy.backends.tensorrt_llm import checkpoint, edge, engine, fp8, reader, serving
-from amoeba_deploy.backends.tensorrt_llm.forms import SETTINGS, WEIGHT_ONLY, form_of, mapping_of, refusal, takes_ragged
+from amoeba_deploy.backends.tensorrt_llm.forms import (
+    SETTINGS,
+    WEIGHT_ONLY,
+    chip_of,
+    form_of,
+    mapping_of,
+    refusal,
+    takes_ragged,
+)
 from amoeba_deploy.errors import BadInput, ToolchainMissing
 from amoeba_deploy.extraction.folder import copy_model
 from amoeba_deploy.extraction.native_layouts import deci_blocks
@@ -90,7 +98,7 @@ class TensorrtLlmBackend(Backend):
             more = {"form": form, "release": options.settings["release"], "tp": str(mapping.tp), "pp": str(mapping.pp)}
         more |= {"max_num_tokens": str(serving.max_num_tokens(options))} if form != "edge" else {}
         bound = tuple(name for name in _PACKAGES if name in versions) if built else ()
-        return Identity(precision, options.batch, options.context, versions, bound, options.chip, more)
+        return Identity(precision, options.batch, options.context, versions, bound, chip_of(options), more)
 
     def refusal(self, subnet: Architecture, precision: str, options: BuildOptions) -> str | None:
         return self.takes.refusal(subnet, precision) or refusal(subnet, precision, options)
@@ -180,8 +188,10 @@ def _check_stages(model: ModelFolder, options: BuildOptions) -> None:
         if not any(model.blocks[index].heads for index in mapping.layers(model.architecture.depth, stage)):
             raise BadInput(f"{model.path}: stage {stage} of pp={mapping.pp} has no block with attention; choose fewer")
     for index, block in enumerate(model.blocks):
-        sizes = replace(model.architecture, heads=block.heads, kv_heads=block.kv_heads or mapping.tp)
-        refused = refusal(replace(sizes, neurons=block.neurons), "fp16", options)
+        sizes = replace(model.architecture, neurons=block.neurons)
+        if block.heads:
+            sizes = replace(sizes, heads=block.heads, kv_heads=block.kv_heads)
+        refused = refusal(sizes, "fp16", options)
         if refused:
             raise BadInput(f"{model.path}: block {index} cannot be lowered: {refused}")
 
