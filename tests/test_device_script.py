@@ -123,8 +123,9 @@ def test_make_hands_its_variables_to_the_script() -> None:
         (("--flow", "onnx", "--prompt", 4000), 2, "--prompt 4000"),
         (("--flow", "onnx", "--model", "gone"), 2, "gone"),
         (("--flow", "onnx", "--set", "tp=2"), 2, "no setting 'tp'"),
+        (("--flow", "tensorrt-llm", "--model", "gone"), 6, "commands under 'usage' in its manifest, and read their"),
     ],
-    ids=["flow", "precision", "prompt", "model", "setting"],
+    ids=["flow", "precision", "prompt", "model", "setting", "engine"],
 )
 def test_wrong_usage_is_one_sentence_and_no_report(
     tmp_path: Path, options: tuple[object, ...], code: int, said: str

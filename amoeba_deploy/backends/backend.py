@@ -174,6 +174,8 @@ class Backend(ABC):
     """Which subnets it takes, as data."""
     settings: ClassVar[Mapping[str, Setting]] = {}
     """Choices that only this engine has."""
+    opens: ClassVar[bool] = True
+    """Whether ``open`` gives an engine anywhere; False where only the engine's own tools run what is built."""
 
     def precisions(self) -> tuple[str, ...]:
         """The precisions that it lowers to, best quality first."""

@@ -69,6 +69,7 @@ class TensorrtLlmBackend(Backend):
         hidden_multiple={"": 64},
     )
     settings = SETTINGS
+    opens = False
 
     def layouts(self, subnet: Architecture, precision: str, options: BuildOptions) -> tuple[Layout, ...]:
         return ("uniform", "ragged") if takes_ragged(subnet, precision, options) else ("uniform",)
