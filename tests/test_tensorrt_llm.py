@@ -59,6 +59,8 @@ LEGAL = Architecture(
         ({"sliding_window": 32}, "fp16", {}, "sliding window of 32 positions is shorter than the context of 64"),
         ({"family": "qwen3", "qk_norm": True, "output_bias": True}, "fp16", {}, "qwen3 with biases on o_proj"),
         ({}, "fp16", {"chip": "adreno-750"}, "TensorRT-LLM runs on NVIDIA GPUs only"),
+        ({}, "fp16", {"chip": "sm_orin"}, "architecture 'sm_orin' is no CUDA generation; name it as NVIDIA does"),
+        ({}, "fp16", {"chip": "sm_"}, "architecture 'sm_' is no CUDA generation"),
         ({}, "bf16", {"chip": "sm_75"}, "bf16 needs an NVIDIA GPU of sm_80 or newer, and the device is sm_75"),
         ({}, "fp8", {"chip": "sm_86"}, "fp8 needs an NVIDIA GPU of sm_89 or newer, and the device is sm_86"),
         ({}, "fp8", {"form": "B"}, "needs scales of activations, from calibration; choose form A"),
@@ -103,6 +105,8 @@ def test_what_it_would_get_wrong_is_refused_with_the_way(
     [
         ({}, "fp16", {"tp": 4, "pp": 4}),
         ({}, "fp8", {"chip": "sm_89"}),
+        ({}, "fp8", {"chip": "sm_90a"}),
+        ({}, "fp8", {"chip": "sm_120"}),
         ({}, "bf16", {"chip": "sm_90", "release": "1.3"}),
         ({"kv_heads": 1}, "fp16", {"tp": 4, "form": "B"}),
         ({}, "w4a16", {"tp": 2}),
@@ -170,7 +174,8 @@ def test_form_a_is_complete_and_is_used_by_the_releases_commands(release: str, f
         "trtllm-bench --model engine --model_path engine prepare-dataset --output ../requests.json token-norm-dist "
         "--num-requests 64 --input-mean 32 --input-stdev 0 --output-mean 32 --output-stdev 0",
         "trtllm-bench --model engine --model_path engine throughput --dataset ../requests.json --backend pytorch "
-        f"{flag} engine/bench.yaml --max_seq_len 64 --tp 2 --pp 1 --streaming --concurrency 4 "
+        f"{flag} engine/bench.yaml --max_seq_len 64 --max_batch_size 4 --max_num_tokens 256 --tp 2 --pp 1 "
+        "--streaming --concurrency 4 "
         "--report_json ../report.json",
         f"trtllm-serve engine --port 8000 {flag} engine/serve.yaml",
     ]
@@ -196,6 +201,22 @@ def test_form_a_refuses_blocks_of_different_sizes(deci: ModelFolder, tmp_path: P
     with pytest.raises(BadInput, match="its blocks differ, which only form B without quantisation holds"):
         TENSORRT.lower(deci, tmp_path, "fp16", options())
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("spread", [{"tp": 1, "pp": 1}, {"tp": 2, "pp": 2}])
+def test_a_block_without_attention_or_neurons_is_lowered_in_form_b(
+    deci: ModelFolder, tmp_path: Path, spread: dict[str, int]
+) -> None:
+    artefact = TENSORRT.lower(deci, tmp_path, "fp16", options(form="B", **spread))
+    assert artefact.facts["tensors_compared"] > 0
+    layers = config_of(tmp_path / "checkpoint")["layer_configs"]
+    assert [layer["attention"]["impl"] == "attention" for layer in layers] == [True, True, False, True]
+    assert layers[3]["ffn"]["impl"] != "mlp"
+
+
+def test_a_stage_without_attention_is_refused(deci: ModelFolder, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="stage 2 of pp=4 has no block with attention"):
+        TENSORRT.lower(deci, tmp_path, "fp16", options(form="B", pp=4))
 
 
 # FP8

@@ -82,17 +82,10 @@ def bench_commands(options: BuildOptions, model: str, run: tuple[str, ...], more
     tool, mapping = ("trtllm-bench", "--model", model, "--model_path", model), mapping_of(options)
     lengths = ("--input-mean", str(prompt), "--input-stdev", "0", "--output-mean", str(output), "--output-stdev", "0")
     made = (*tool, "prepare-dataset", "--output", REQUESTS, "token-norm-dist")
-    measured = (
-        *tool,
-        "throughput",
-        "--dataset",
-        REQUESTS,
-        *run,
-        "--tp",
-        str(mapping.tp),
-        "--pp",
-        str(mapping.pp),
-    )
+    # Left out, the limits are a guess of the tool's own, by the model and the GPU.
+    limits = ("--max_batch_size", str(options.batch), "--max_num_tokens", str(max_num_tokens(options)))
+    spread = ("--tp", str(mapping.tp), "--pp", str(mapping.pp))
+    measured = (*tool, "throughput", "--dataset", REQUESTS, *run, *limits, *spread)
     return (
         Command("make requests to measure", (*made, "--num-requests", str(_REQUESTS), *lengths), needs(options) + more),
         Command(
