@@ -10,7 +10,10 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +90,9 @@ def require_runnable(folder: Path, manifest: Mapping[str, Any]) -> Backend:
     flow, precision = manifest["flow"], manifest["precision"]
     if manifest.get("steps"):
         said = "; ".join(f"{step.get('does')}: {step.get('command')}" for step in manifest["steps"])
+        where = "on a host and then on the device" if _is_for_host(manifest["steps"][0]) else "on the device"
         raise ToolchainMissing(
-            f"{folder}: its engine is not finished; run 'amoeba bundle finish {folder}' on the device, which does "
+            f"{folder}: its engine is not finished; run 'amoeba bundle finish {folder}' {where}, which does "
             f"what is left ({said})"
         )
     backend = load_backend(flow)
@@ -115,34 +119,77 @@ def open_engine(folder: Path, manifest: Mapping[str, Any]) -> Engine:
     return backend.open(folder / ENGINE, manifest["precision"], context=manifest.get("context"), batch=_batch(manifest))
 
 
-def finish_bundle(folder: Path, run: Callable[[Mapping[str, str]], None] | None = None) -> int:
-    """Run the steps of a bundle that are left, and enter what they made into its manifest; returns how many ran.
+def _is_for_host(step: Mapping[str, str]) -> bool:
+    return step.get("where") == "host"
 
-    Where a step fails, what the steps before it made is removed, and the bundle is as it was. ``run`` runs one step;
-    left out, its command runs in the bundle's folder.
+
+@dataclass(frozen=True)
+class Finished:
+    """How many steps of a bundle ran, and how many are left for the device."""
+
+    ran: int
+    left: int
+
+
+def finish_bundle(folder: Path, run: Callable[[Mapping[str, str]], None] | None = None) -> Finished:
+    """Run the steps of a bundle that are left for this machine, and enter what each made into its manifest.
+
+    On the engine's device these are all; on any other machine those at the front that are for a host. Where a step
+    fails, what it made is removed, and it and all after it are still left. ``run`` runs one step; left out, its command
+    runs in the bundle's folder.
 
     Raises:
-        VerificationFailed: a file of the bundle is changed, missing or not listed.
-        BadInput: the engine was built for another machine.
-        ToolchainMissing: a step's command is not on this machine.
+        VerificationFailed: a file of the bundle is changed, missing or not listed, or a step made a link.
+        BadInput: the steps that are left are for the device, and this machine is another.
+        ToolchainMissing: a step's command is not on this machine, or a host must run its steps first.
         AmoebaError: a step fails.
     """
     manifest = verify_files(folder)
     steps = manifest.get("steps") or []
-    foreign = foreign_to(manifest.get("identity"), load_backend(manifest["flow"]).toolchain().versions)
-    if steps and foreign:
+    if not steps:
+        return Finished(0, 0)
+    identity = manifest.get("identity")
+    foreign = foreign_to(identity, load_backend(manifest["flow"]).toolchain().versions)
+    for_host = list(takewhile(_is_for_host, steps))
+    if foreign and not for_host:
         raise BadInput(f"{folder}: its engine {foreign}; finish it there")
+    if not foreign and for_host and identity and identity.get("chip"):
+        raise ToolchainMissing(
+            f"{folder}: the step to {for_host[0].get('does')} is not for the device; run 'amoeba bundle finish' on "
+            f"{for_host[0].get('needs') or 'a host'} first, and copy the bundle here"
+        )
+    here = for_host if foreign else steps
+    for count in range(1, len(here) + 1):
+        _finish_step(folder, manifest, steps[:count], steps[count:], run)
+    return Finished(len(here), len(steps) - len(here))
+
+
+def _finish_step(
+    folder: Path,
+    manifest: Mapping[str, Any],
+    done: Sequence[Mapping[str, str]],
+    left: Sequence[Mapping[str, str]],
+    run: Callable[[Mapping[str, str]], None] | None,
+) -> None:
+    """Run the last of ``done`` and write the manifest anew; what it made is removed where it fails."""
+    before = set(folder.rglob("*"))
     try:
-        for step in steps:
-            run(step) if run else run_step(folder, step)
-    except BaseException:
-        for name in set(bundle_files(folder)) - set(manifest["files"]):
-            (folder / name).unlink()
-        raise
-    if steps:
+        run(done[-1]) if run else run_step(folder, done[-1])
         facts = {key: value for key, value in manifest.items() if key not in ("format", "files")}
-        write_manifest(folder, facts | {"steps": [], "finished": [*manifest.get("finished", []), *steps]})
-    return len(steps)
+        finished = [*manifest.get("finished", []), *done]
+        write_manifest(folder, facts | {"steps": list(left), "finished": finished})
+    except BaseException:
+        _remove_others(folder, before)
+        raise
+
+
+def _remove_others(folder: Path, kept: Set[Path]) -> None:
+    """Remove all below a folder but what is named, as far as that is possible, and without an error."""
+    for root, folders, files in os.walk(folder, topdown=False):
+        for path in (Path(root) / name for name in (*folders, *files)):
+            if path not in kept:
+                with suppress(OSError):
+                    path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def run_step(folder: Path, step: Mapping[str, str]) -> None:

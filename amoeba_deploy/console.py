@@ -368,11 +368,14 @@ def _print_perplexity(verified: Verification) -> None:
         )
 
 
-def print_steps(done: ExportAnswer, of: str = "") -> None:
-    """What is still to be run on the device."""
-    for number, step in enumerate(done.export.artefact.steps, 1):
-        needs = f" (needs {step.needs})" if step.needs else ""
-        click.echo(f"step {number}{of} on the device{needs}, {step.does}:\n  {shlex.join(step.command)}")
+def print_commands(done: ExportAnswer, of: str = "") -> None:
+    """The steps that are still to be run, and the commands that serve or measure the engine once it is finished."""
+    artefact = done.export.artefact
+    places = {"device": "the device", "host": "a host"}
+    named = [(f"step {number}{of} on {places[step.where]}", step) for number, step in enumerate(artefact.steps, 1)]
+    for name, one in (*named, *((f"use{of} on the device", command) for command in artefact.usage)):
+        needs = f" (needs {one.needs})" if one.needs else ""
+        click.echo(f"{name}{needs}, {one.does}:\n  {shlex.join(one.command)}")
 
 
 def print_export(done: ExportAnswer) -> None:
@@ -392,7 +395,7 @@ def print_export(done: ExportAnswer) -> None:
     artefact = done.export.artefact
     for note in artefact.notes:
         click.echo(f"note: {note}")
-    print_steps(done)
+    print_commands(done)
     if done.export.timing is not None:
         timing = done.export.timing
         click.echo(f"measured: TPOT {timing.tpot_ms:.3f} ms, TTFT {timing.ttft_ms:.1f} ms on this machine")
@@ -432,6 +435,6 @@ def print_all_exports(done: AllExports) -> None:
             click.echo(f"note: {one.export.path.name}: {note}")
         if one.export.cannot_run:
             click.echo(f"note: {one.export.path.name} cannot run here: {one.export.cannot_run}")
-        print_steps(one, f" of {one.export.path.name}")
+        print_commands(one, f" of {one.export.path.name}")
     if done.bundles:
         click.echo(f"{len(done.bundles)} bundles: {done.output}")

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from amoeba_deploy.backends import load_backend
-from amoeba_deploy.backends.backend import check_precision, options_for, require_toolchain
+from amoeba_deploy.backends.backend import Backend, check_precision, options_for, require_toolchain
 from amoeba_deploy.bundle import ENGINE, finish_bundle, open_engine, read_manifest, run_selftest, run_step
 from amoeba_deploy.checkpoint import Checkpoint, create_checkpoint, open_checkpoint
 from amoeba_deploy.errors import AmoebaError, BadInput, ToolchainMissing, VerificationFailed
@@ -122,6 +122,24 @@ def whole_and_half(checkpoint: Checkpoint) -> list[Shape]:
     return list(dict.fromkeys([Shape(full, Fraction(1)), half]))
 
 
+def require_testable(flow: str) -> Backend:
+    """The backend of a flow whose engines can be tested on a device.
+
+    Raises:
+        BadInput: the flow is not known.
+        ToolchainMissing: its toolchain is not installed, or only tools of its own run its engines.
+    """
+    backend = load_backend(flow)
+    if not backend.opens:
+        raise ToolchainMissing(
+            f"the flow '{flow}' cannot be tested here, for only tools of its own run its engines; build one with "
+            f"'amoeba export', measure it by the commands under 'usage' in its manifest, and read their report with "
+            f"'amoeba profile import'"
+        )
+    require_toolchain(backend)
+    return backend
+
+
 def examine_device(
     checkpoint: Checkpoint, path: Path | None, settings: Settings, seconds: float, progress: Progress
 ) -> Table:
@@ -129,12 +147,11 @@ def examine_device(
 
     Raises:
         BadInput: a flow, precision or setting is not known, or the workload does not fit in the context.
-        ToolchainMissing: the flow's toolchain is not installed.
+        ToolchainMissing: what ``require_testable`` raises.
     """
+    backend = require_testable(settings.flow)
     checkpoint.require_whole_blocks()
     checkpoint.require_scores()
-    backend = load_backend(settings.flow)
-    require_toolchain(backend)
     precisions = tuple(backend.takes.own_name(p) for p in settings.precisions) or backend.precisions()
     for precision in precisions:
         check_precision(backend, precision)

@@ -157,6 +157,7 @@ def manifest_facts(
         "engine": dict(artefact.facts),
         "verified": None if verification is None else verification.rule(backend.tolerance(order.precision)),
         "steps": [step.to_json() for step in artefact.steps],
+        "usage": [command.to_json() for command in artefact.usage],
     }
 
 

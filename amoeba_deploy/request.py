@@ -318,6 +318,7 @@ class ExportAnswer:
             "cannot_run": self.export.cannot_run,
             "notes": list(self.export.artefact.notes),
             "steps": [step.to_json() for step in self.export.artefact.steps],
+            "usage": [command.to_json() for command in self.export.artefact.usage],
         }
 
 

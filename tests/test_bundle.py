@@ -169,7 +169,7 @@ def test_the_manifest_says_what_was_built_from_what_and_by_what(manifest: dict[s
     assert manifest["base_digest"] == demo.model.digest
     assert set(manifest["engine_versions"]) == {"onnx", "onnxruntime"}
     assert manifest["tool"].startswith("amoeba-deploy ")
-    assert manifest["steps"] == []
+    assert manifest["steps"] == manifest["usage"] == []
 
 
 def test_the_manifest_agrees_with_what_export_printed(manifest: dict[str, Any], printed: dict[str, Any]) -> None:

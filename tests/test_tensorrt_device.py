@@ -21,6 +21,7 @@ from tensorrt_models import (  # noqa: F401
 from amoeba_deploy.backends.tensorrt_llm import engine as engines
 from amoeba_deploy.errors import AmoebaError
 from amoeba_deploy.model_folder import ModelFolder
+from amoeba_deploy.profiles import machine
 from amoeba_deploy.profiles.device import load_device
 from amoeba_deploy.request import Space
 
@@ -75,11 +76,18 @@ def test_without_the_tool_compiling_is_a_step_for_the_device(
         "trtllm-build --checkpoint_dir engine/checkpoint --output_dir engine/engines --max_batch_size 1 "
     )
     assert first["needs"].startswith("4 NVIDIA GPUs of sm_90 and TensorRT-LLM 1.2")
-    assert "--backend tensorrt --engine_dir engine/engines" in artefact.steps[2].to_json()["command"]
+    assert [step.command[0] for step in artefact.steps] == ["trtllm-build"]
+    made_requests, measured = artefact.usage
+    for command in (made_requests, measured):
+        # It reads the headers of the model's safetensors, and the bundle has none of the whole model.
+        assert command.command[:5] == ("trtllm-bench", "--model", "DENSE", "--model_path", "DENSE")
+        assert "DENSE stands for the folder that 'amoeba extract --layout uniform' writes" in command.needs
+    assert "--backend tensorrt --engine_dir engine/engines" in measured.to_json()["command"]
     assert "compiled on the device" in artefact.notes[0]
     old = TENSORRT.lower(made("llama"), Path(shutil.copytree(tmp_path / "checkpoint", tmp_path / "b")), "fp16",
                          options(release="0.12"))  # fmt: skip
-    assert [step.command[0] for step in old.steps] == ["trtllm-build", "gptManagerBenchmark"]
+    assert [step.command[0] for step in old.steps] == ["trtllm-build"]
+    assert [command.command[0] for command in old.usage] == ["gptManagerBenchmark"]
 
 
 def test_with_the_tool_and_the_devices_gpu_here_engines_are_compiled(
@@ -95,7 +103,8 @@ def test_with_the_tool_and_the_devices_gpu_here_engines_are_compiled(
         "rank0.engine",
         "rank1.engine",
     ]
-    assert not any(step.command[0] == "trtllm-build" for step in artefact.steps)
+    assert artefact.steps == ()
+    assert [command.command[0] for command in artefact.usage] == ["trtllm-bench", "trtllm-bench"]
     assert engines.builds_here("fp16", options(form="B"))
     assert not engines.builds_here("fp16", options("sm_86", form="B")), "the GPU here is another one"
     assert not engines.builds_here("fp16", options("sm_90"))
@@ -167,11 +176,33 @@ def test_a_jetson_gets_the_folder_and_the_steps_of_edge_llm(jetpack: str, lines:
     assert [step.to_json()["command"] for step in artefact.steps] == lines
     assert artefact.facts == {"form": "edge", "jetpack": jetpack}
     assert ["x86-64" in step.needs for step in artefact.steps] == [True, True, False]
+    assert [step.where for step in artefact.steps] == ["host", "host", "device"]
     assert f"JetPack {jetpack}" in artefact.steps[-1].needs
     assert not (dense.path / "serve.yaml").exists()
     assert [step.command[0] for step in TENSORRT.lower(dense, dense.path, "fp16", asked).steps][-1] == "llm_build"
     assert len(TENSORRT.lower(dense, dense.path, "fp16", asked).steps) == 2
     assert TENSORRT.identity("w4a16", asked).to_json()["more"]["jetpack"] == jetpack
+
+
+def test_this_machine_gets_the_form_of_a_jetson_where_it_is_one(
+    dense: ModelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("amoeba_deploy.profiles.machine.own_chips", lambda: ("aarch64", "sm_87"))
+    assert TENSORRT.lower(dense, dense.path, "w4a16", options()).facts["form"] == "edge"
+    assert TENSORRT.identity("w4a16", options()).chip == "sm_87", "a host that does its steps is another machine"
+    assert "TensorRT Edge-LLM has no bf16 on sm_87" in str(TENSORRT.refusal(dense.architecture, "bf16", options()))
+    assert TENSORRT.identity("bf16", options("sm_90")).more["form"] == "A", "the device is not this machine"
+
+
+def test_a_jetson_is_known_by_its_device_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree = tmp_path / "compatible"
+    monkeypatch.setattr(machine, "_DEVICE_TREE", tree)
+    found = machine.own_chips.__wrapped__
+    assert "sm_87" not in found()
+    tree.write_bytes(b"raspberrypi,5-model-b\0brcm,bcm2712\0")
+    assert "sm_87" not in found()
+    tree.write_bytes(b"nvidia,p3737-0000+p3701-0000\0nvidia,tegra234\0")
+    assert found()[-1] == "sm_87"
 
 
 def test_a_mistral_on_a_jetson_is_noted(tmp_path: Path) -> None:

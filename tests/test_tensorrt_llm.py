@@ -59,6 +59,8 @@ LEGAL = Architecture(
         ({"sliding_window": 32}, "fp16", {}, "sliding window of 32 positions is shorter than the context of 64"),
         ({"family": "qwen3", "qk_norm": True, "output_bias": True}, "fp16", {}, "qwen3 with biases on o_proj"),
         ({}, "fp16", {"chip": "adreno-750"}, "TensorRT-LLM runs on NVIDIA GPUs only"),
+        ({}, "fp16", {"chip": "sm_orin"}, "architecture 'sm_orin' is no CUDA generation; name it as NVIDIA does"),
+        ({}, "fp16", {"chip": "sm_"}, "architecture 'sm_' is no CUDA generation"),
         ({}, "bf16", {"chip": "sm_75"}, "bf16 needs an NVIDIA GPU of sm_80 or newer, and the device is sm_75"),
         ({}, "fp8", {"chip": "sm_86"}, "fp8 needs an NVIDIA GPU of sm_89 or newer, and the device is sm_86"),
         ({}, "fp8", {"form": "B"}, "needs scales of activations, from calibration; choose form A"),
@@ -103,6 +105,8 @@ def test_what_it_would_get_wrong_is_refused_with_the_way(
     [
         ({}, "fp16", {"tp": 4, "pp": 4}),
         ({}, "fp8", {"chip": "sm_89"}),
+        ({}, "fp8", {"chip": "sm_90a"}),
+        ({}, "fp8", {"chip": "sm_120"}),
         ({}, "bf16", {"chip": "sm_90", "release": "1.3"}),
         ({"kv_heads": 1}, "fp16", {"tp": 4, "form": "B"}),
         ({}, "w4a16", {"tp": 2}),
@@ -162,18 +166,21 @@ def test_the_yaml_has_the_arguments_of_the_llm_interface(dense: ModelFolder) -> 
 
 
 @pytest.mark.parametrize(("release", "flag"), [("1.3", "--config"), ("1.2", "--extra_llm_api_options")])
-def test_the_steps_of_form_a_are_the_releases_commands(release: str, flag: str, dense: ModelFolder) -> None:
-    steps = TENSORRT.lower(dense, dense.path, "fp16", options("sm_90", tp=2, release=release, batch=4)).steps
-    lines = [step.to_json()["command"] for step in steps]
+def test_form_a_is_complete_and_is_used_by_the_releases_commands(release: str, flag: str, dense: ModelFolder) -> None:
+    artefact = TENSORRT.lower(dense, dense.path, "fp16", options("sm_90", tp=2, release=release, batch=4))
+    assert artefact.steps == ()
+    lines = [command.to_json()["command"] for command in artefact.usage]
     assert lines == [
-        "trtllm-bench --model engine --model_path engine prepare-dataset --output requests.json token-norm-dist "
+        "trtllm-bench --model engine --model_path engine prepare-dataset --output ../requests.json token-norm-dist "
         "--num-requests 64 --input-mean 32 --input-stdev 0 --output-mean 32 --output-stdev 0",
-        "trtllm-bench --model engine --model_path engine throughput --dataset requests.json --backend pytorch "
-        f"{flag} engine/bench.yaml --max_seq_len 64 --tp 2 --pp 1 --streaming --concurrency 4 "
-        "--report_json report.json",
+        "trtllm-bench --model engine --model_path engine throughput --dataset ../requests.json --backend pytorch "
+        f"{flag} engine/bench.yaml --max_seq_len 64 --max_batch_size 4 --max_num_tokens 256 --tp 2 --pp 1 "
+        "--streaming --concurrency 4 "
+        "--report_json ../report.json",
         f"trtllm-serve engine --port 8000 {flag} engine/serve.yaml",
     ]
-    assert all(step.needs.startswith(f"2 NVIDIA GPUs of sm_90 and TensorRT-LLM {release}") for step in steps)
+    needs = f"2 NVIDIA GPUs of sm_90 and TensorRT-LLM {release}"
+    assert all(command.needs.startswith(needs) for command in artefact.usage)
 
 
 def test_a_folder_in_another_dtype_is_not_used_in_place(dense: ModelFolder) -> None:
@@ -194,6 +201,22 @@ def test_form_a_refuses_blocks_of_different_sizes(deci: ModelFolder, tmp_path: P
     with pytest.raises(BadInput, match="its blocks differ, which only form B without quantisation holds"):
         TENSORRT.lower(deci, tmp_path, "fp16", options())
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("spread", [{"tp": 1, "pp": 1}, {"tp": 2, "pp": 2}])
+def test_a_block_without_attention_or_neurons_is_lowered_in_form_b(
+    deci: ModelFolder, tmp_path: Path, spread: dict[str, int]
+) -> None:
+    artefact = TENSORRT.lower(deci, tmp_path, "fp16", options(form="B", **spread))
+    assert artefact.facts["tensors_compared"] > 0
+    layers = config_of(tmp_path / "checkpoint")["layer_configs"]
+    assert [layer["attention"]["impl"] == "attention" for layer in layers] == [True, True, False, True]
+    assert layers[3]["ffn"]["impl"] != "mlp"
+
+
+def test_a_stage_without_attention_is_refused(deci: ModelFolder, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="stage 2 of pp=4 has no block with attention"):
+        TENSORRT.lower(deci, tmp_path, "fp16", options(form="B", pp=4))
 
 
 # FP8
@@ -251,7 +274,7 @@ def test_neither_the_head_nor_the_embedding_is_quantised() -> None:
 
 def test_an_engine_is_not_opened_here_and_it_is_said_where(tmp_path: Path) -> None:
     assert "run on NVIDIA GPUs" in str(TENSORRT.cannot_run("fp16", options()))
-    with pytest.raises(ToolchainMissing, match="run the steps of the bundle's manifest on the device"):
+    with pytest.raises(ToolchainMissing, match="run the commands of the bundle's manifest on the device"):
         TENSORRT.open(tmp_path, "fp16")
 
 
@@ -358,7 +381,14 @@ def test_form_a_pads_blocks_of_different_widths(source: Checkpoint, tmp_path: Pa
     config = config_of(output / "engine")
     assert config["model_type"] in ("llama", "mistral")
     assert {info.dtype for info in ModelFolder(output / "engine").tensors.infos.values()} == {"BF16"}
-    assert found["manifest"]["steps"][-1]["command"].startswith("trtllm-serve engine")
+    assert found["manifest"]["steps"] == []
+    assert found["manifest"]["usage"] == found["printed"]["usage"]
+    assert found["manifest"]["usage"][-1]["command"].startswith("trtllm-serve engine")
+    before = (output / "manifest.json").read_bytes()
+    done = amoeba("bundle", "finish", output)
+    assert done.exit_code == 0, done.stderr
+    assert "nothing left to do" in done.stdout
+    assert (output / "manifest.json").read_bytes() == before
 
 
 def test_the_best_shape_for_a_jetson_is_one_that_edge_llm_takes(source: Checkpoint, tmp_path: Path) -> None:

@@ -8,8 +8,12 @@ from typing import Any
 
 import pytest
 
+from amoeba_deploy.architecture import Architecture
 from amoeba_deploy.errors import BadInput
+from amoeba_deploy.profiles.imported import read_measurements
+from amoeba_deploy.profiles.told import Told
 from amoeba_deploy.profiles.trtllm_bench import read_trtllm_bench
+from amoeba_deploy.shape import Shape
 
 
 def percentiles(middle: float) -> dict[str, float]:
@@ -145,6 +149,30 @@ def test_a_report_of_trtllm_bench_is_read(tmp_path: Path) -> None:
         "pp": 1,
         "batch": 4,
     }
+
+
+@pytest.mark.parametrize(
+    ("together", "batch"),
+    [(3.9, 4), (0.97, 1), (0.2, 1), (1, 1), (None, 2048), ("many", 2048), (float("nan"), 2048), (0.0, 2048)],
+)
+def test_the_batch_is_what_ran_at_once_and_not_the_tools_own_limit(tmp_path: Path, together: Any, batch: int) -> None:
+    report = REPORT | {
+        "world_info": REPORT["world_info"] | {"max_batch_size": 2048},
+        "request_info": REPORT["request_info"] | {"avg_num_concurrent_requests": together},
+    }
+    assert read_trtllm_bench(file(tmp_path, report)).facts["batch"] == batch
+
+
+def test_the_users_batch_wins_over_the_reports(tmp_path: Path) -> None:
+    sizes = Architecture(
+        family="llama", depth=4, hidden=256, heads=4, kv_heads=4, head_dim=64, neurons=512, vocabulary=512,
+        context=2048, tied=True,
+    )  # fmt: skip
+    about: dict[str, Any] = {"architecture": sizes, "shape": Shape.parse("4x1"), "precision": "fp16"}
+    about |= {"peak_memory_bytes": 10**9, "artifact_bytes": 10**8}
+    for batch, wanted in ((None, 4), (3, 3)):
+        table, _ = read_measurements(file(tmp_path, REPORT), Told(batch=batch, **about))
+        assert [row.batch for row in table.rows] == [wanted]
 
 
 def test_a_report_without_percentiles_has_its_averages(tmp_path: Path) -> None:

@@ -9,6 +9,9 @@ self-test and measures. What fails is written down, and the rest goes on. The re
 
     amoeba profile import report.json --device orin-nx -o orin-nx.json
 
+An engine that only tools of its own run, such as TensorRT-LLM's, is refused: its bundle's manifest lists commands that
+measure it, whose report 'amoeba profile import' reads, too.
+
 Exit codes: 0 all that the engine takes passed, 5 an engine computes something else than its model, 6 it cannot run
 here, 2 wrong usage or every shape refused, 1 other failures.
 """
@@ -22,7 +25,15 @@ from pathlib import Path
 import click
 
 from amoeba_deploy.console import print_device_test
-from amoeba_deploy.device_test import ITEM_SECONDS, REPEATS, Settings, checkpoint_of, examine_device, failure
+from amoeba_deploy.device_test import (
+    ITEM_SECONDS,
+    REPEATS,
+    Settings,
+    checkpoint_of,
+    examine_device,
+    failure,
+    require_testable,
+)
 from amoeba_deploy.errors import AmoebaError
 from amoeba_deploy.files import check_new_file
 from amoeba_deploy.options import Seconds, Setting, comma_list, workload_options
@@ -68,6 +79,7 @@ def main(
     """
     try:
         check_new_file(output, force)
+        require_testable(flow)
         workload = Workload(batch, prompt, tokens)
         settings = Settings(flow, tuple(comma_list(precision)), device, workload, context, repeats, dict(engine))
         with tempfile.TemporaryDirectory(prefix="amoeba-model-") as work:

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,8 @@ from amoeba_deploy.precision import StorageFormat
 
 Ids = NDArray[np.int64]
 Counts = NDArray[np.int64]
+Where = Literal["device", "host"]
+"""Where a step runs."""
 
 EXACT_TOLERANCE = 1e-5
 """Of engines that compute in float32, as a share of the reference's largest logit: sums differ in their order only.
@@ -82,21 +84,32 @@ class BuildOptions:
 
 
 @dataclass(frozen=True)
-class Step:
-    """A command that is still to be run on the device, in the bundle's folder, and what must be installed there."""
+class Command:
+    """A command for the bundle's folder, and what must be installed where it runs."""
 
     does: str
     command: tuple[str, ...]
     needs: str = ""
 
     def to_json(self) -> dict[str, str]:
-        """The entry in a manifest's ``steps``."""
+        """The entry in a manifest."""
         return {"does": self.does, "command": shlex.join(self.command), "needs": self.needs}
 
 
 @dataclass(frozen=True)
+class Step(Command):
+    """A command without which the engine is not finished. It must end by itself: ``amoeba bundle finish`` waits."""
+
+    where: Where = "device"
+    """``host``: on another machine than the device, before the steps there; the whole bundle is then copied over."""
+
+    def to_json(self) -> dict[str, str]:
+        return {**super().to_json(), "where": self.where}
+
+
+@dataclass(frozen=True)
 class Artefact:
-    """What lowering wrote: steps to finish it on the device, notes for the user, and facts for the manifest."""
+    """What lowering wrote: steps to finish it, notes for the user, facts for the manifest, and how to use it."""
 
     folder: Path
     precision: str
@@ -104,6 +117,8 @@ class Artefact:
     notes: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
     """JSON values that follow from the build alone: no times, no paths of this machine."""
+    usage: tuple[Command, ...] = ()
+    """Commands of the engine's own tools that serve or measure the finished engine; nothing here runs them."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +174,8 @@ class Backend(ABC):
     """Which subnets it takes, as data."""
     settings: ClassVar[Mapping[str, Setting]] = {}
     """Choices that only this engine has."""
+    opens: ClassVar[bool] = True
+    """Whether ``open`` gives an engine anywhere; False where only the engine's own tools run what is built."""
 
     def precisions(self) -> tuple[str, ...]:
         """The precisions that it lowers to, best quality first."""

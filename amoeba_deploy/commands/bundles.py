@@ -45,7 +45,7 @@ def bundle_verify(path: Path, as_json: bool, quiet: bool) -> None:
 @click.argument("path", type=click.Path(path_type=Path))
 @output_options
 def bundle_finish(path: Path, as_json: bool, quiet: bool) -> None:
-    """Run the steps that a bundle's engine still needs, on the device that it is for.
+    """Run the steps that a bundle's engine still needs: those for a host there, the rest on the device that it is for.
 
     The commands stand in the bundle's manifest and are shown as they run: finish only bundles that you trust.
 
@@ -60,6 +60,9 @@ def bundle_finish(path: Path, as_json: bool, quiet: bool) -> None:
         progress.say(f"{step.get('does')}: {step.get('command')}")
         run_step(path, step)
 
-    count = finish_bundle(path, run)
-    value = {"path": str(path), "steps": count}
-    emit(value, as_json, lambda: click.echo(f"{path}: {count} steps run" if count else f"{path}: nothing left to do"))
+    done = finish_bundle(path, run)
+    value = {"path": str(path), "steps": done.ran, "left": done.left}
+    said = f"{done.ran} steps run" if done.ran else "nothing left to do"
+    if done.left:
+        said += f", {done.left} left for the device: copy the bundle there, and run 'amoeba bundle finish' again"
+    emit(value, as_json, lambda: click.echo(f"{path}: {said}"))

@@ -9,6 +9,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+_DEVICE_TREE = Path("/proc/device-tree/compatible")
+"""Names of the board and its processor, each ended by a zero byte; machines without a device tree lack it."""
+
 
 def _processor() -> str:
     try:
@@ -48,7 +51,15 @@ def own_chips() -> tuple[str, ...]:
 
         for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
             chips.append("sm_{}{}".format(*torch.cuda.get_device_capability(index)))
-    return tuple(dict.fromkeys(chips))
+    return tuple(dict.fromkeys([*chips, *_board_chips()]))
+
+
+def _board_chips() -> tuple[str, ...]:
+    """The GPU of a Jetson Orin by its device tree, which it has whatever torch knows of CUDA."""
+    try:
+        return ("sm_87",) if b"nvidia,tegra234" in _DEVICE_TREE.read_bytes() else ()
+    except OSError:
+        return ()
 
 
 def fingerprint() -> str:

@@ -93,7 +93,12 @@ def _report(path: Path, value: dict[str, Any]) -> TrtllmBench:
         key: engine[key] for key in ("version", "model", "backend", "dtype", "quantization") if key in engine
     }
     facts |= {key.removesuffix("_size"): world[key] for key in ("tp_size", "pp_size") if key in world}
-    facts |= {"batch": world["max_batch_size"]} if "max_batch_size" in world else {}
+    # The limit may be the tool's own guess; what ran at once is the batch that the times are of.
+    together = requests.get("avg_num_concurrent_requests")
+    if isinstance(together, int | float) and math.isfinite(together) and together > 0:
+        facts["batch"] = max(1, round(together))
+    elif "max_batch_size" in world:
+        facts["batch"] = world["max_batch_size"]
     return TrtllmBench(
         "trtllm-bench",
         found["ttft"],

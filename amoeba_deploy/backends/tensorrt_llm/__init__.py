@@ -1,7 +1,7 @@
 """The ``tensorrt-llm`` flow: folders and checkpoints for NVIDIA's TensorRT-LLM, and for TensorRT Edge-LLM on Jetson.
 
 Nothing of NVIDIA's is needed to write them, and nothing here runs them: what can be proven without a GPU is proven
-before ``lower`` returns, the rest are steps for the device. docs/backend_tensorrt_llm.md explains the forms.
+before ``lower`` returns, the rest are commands for the device. docs/backend_tensorrt_llm.md explains the forms.
 """
 
 from __future__ import annotations
@@ -24,7 +24,15 @@ from amoeba_deploy.backends.backend import (
 )
 from amoeba_deploy.backends.takes import KNOWN_ROPES, LLAMAS, Takes
 from amoeba_deploy.backends.tensorrt_llm import checkpoint, edge, engine, fp8, reader, serving
-from amoeba_deploy.backends.tensorrt_llm.forms import SETTINGS, WEIGHT_ONLY, form_of, mapping_of, refusal, takes_ragged
+from amoeba_deploy.backends.tensorrt_llm.forms import (
+    SETTINGS,
+    WEIGHT_ONLY,
+    chip_of,
+    form_of,
+    mapping_of,
+    refusal,
+    takes_ragged,
+)
 from amoeba_deploy.errors import BadInput, ToolchainMissing
 from amoeba_deploy.extraction.folder import copy_model
 from amoeba_deploy.extraction.native_layouts import deci_blocks
@@ -61,6 +69,7 @@ class TensorrtLlmBackend(Backend):
         hidden_multiple={"": 64},
     )
     settings = SETTINGS
+    opens = False
 
     def layouts(self, subnet: Architecture, precision: str, options: BuildOptions) -> tuple[Layout, ...]:
         return ("uniform", "ragged") if takes_ragged(subnet, precision, options) else ("uniform",)
@@ -90,7 +99,7 @@ class TensorrtLlmBackend(Backend):
             more = {"form": form, "release": options.settings["release"], "tp": str(mapping.tp), "pp": str(mapping.pp)}
         more |= {"max_num_tokens": str(serving.max_num_tokens(options))} if form != "edge" else {}
         bound = tuple(name for name in _PACKAGES if name in versions) if built else ()
-        return Identity(precision, options.batch, options.context, versions, bound, options.chip, more)
+        return Identity(precision, options.batch, options.context, versions, bound, chip_of(options), more)
 
     def refusal(self, subnet: Architecture, precision: str, options: BuildOptions) -> str | None:
         return self.takes.refusal(subnet, precision) or refusal(subnet, precision, options)
@@ -123,7 +132,8 @@ class TensorrtLlmBackend(Backend):
             notes = edge.edge_notes(model.architecture.family)
             return Artefact(output, precision, edge.edge_steps(precision, options), notes, facts)
         serving.write_serving(output, options)
-        return Artefact(output, precision, serving.serving_steps(options), facts=self._facts(precision, options))
+        facts = self._facts(precision, options)
+        return Artefact(output, precision, facts=facts, usage=serving.serving_commands(options))
 
     def _dense(self, model: ModelFolder, output: Path, precision: str, options: BuildOptions) -> None:
         """The folder itself, used in place where it is the model's own."""
@@ -155,7 +165,8 @@ class TensorrtLlmBackend(Backend):
             engine.build(output, precision, options)
         notes = () if built else ("the checkpoint is compiled on the device: trtllm-build and that GPU are not here",)
         facts = self._facts(precision, options) | {"tensors_compared": compared}
-        return Artefact(output, precision, engine.engine_steps(precision, options, built), notes, facts)
+        steps, usage = engine.engine_steps(precision, options, built), engine.engine_commands(options)
+        return Artefact(output, precision, steps, notes, facts, usage)
 
     def _facts(self, precision: str, options: BuildOptions) -> dict[str, Any]:
         return {"form": form_of(precision, options), **mapping_of(options).to_json()}
@@ -163,7 +174,7 @@ class TensorrtLlmBackend(Backend):
     def open(
         self, artefact: Path, precision: str, threads: int | None = None, *, context: int | None = None, batch: int = 1
     ) -> Engine:
-        raise ToolchainMissing(f"{artefact}: {_CANNOT_RUN}; run the steps of the bundle's manifest on the device")
+        raise ToolchainMissing(f"{artefact}: {_CANNOT_RUN}; run the commands of the bundle's manifest on the device")
 
     def reference_folder(self, model: ModelFolder, artefact: Path, precision: str, output: Path) -> Path | None:
         return None if precision in WEIGHT_ONLY or precision == "fp8" else model.path
@@ -178,8 +189,10 @@ def _check_stages(model: ModelFolder, options: BuildOptions) -> None:
         if not any(model.blocks[index].heads for index in mapping.layers(model.architecture.depth, stage)):
             raise BadInput(f"{model.path}: stage {stage} of pp={mapping.pp} has no block with attention; choose fewer")
     for index, block in enumerate(model.blocks):
-        sizes = replace(model.architecture, heads=block.heads, kv_heads=block.kv_heads or mapping.tp)
-        refused = refusal(replace(sizes, neurons=block.neurons), "fp16", options)
+        sizes = replace(model.architecture, neurons=block.neurons)
+        if block.heads:
+            sizes = replace(sizes, heads=block.heads, kv_heads=block.kv_heads)
+        refused = refusal(sizes, "fp16", options)
         if refused:
             raise BadInput(f"{model.path}: block {index} cannot be lowered: {refused}")
 

@@ -1,7 +1,7 @@
 """Jetson: the hand-over to TensorRT Edge-LLM, whose engines are built on the device from an ONNX model.
 
-The dense folder is in float16. An x86-64 machine with a GPU quantises it (int4: AWQ in groups of 128, with its own
-calibration data) and exports ONNX; the device compiles that with ``llm_build``. Engines are valid for one JetPack.
+The dense folder is in float16. A host, an x86-64 machine with a GPU, quantises it (int4: AWQ in groups of 128, with its
+own calibration data) and exports ONNX; the device compiles that with ``llm_build``. Engines are valid for one JetPack.
 """
 
 from __future__ import annotations
@@ -19,18 +19,19 @@ def edge_steps(precision: str, options: BuildOptions) -> tuple[Step, ...]:
     host = f"an x86-64 Linux machine with an NVIDIA GPU of sm_80 or newer and TensorRT Edge-LLM {release}"
     device = f"the Jetson with JetPack {jetpack} and TensorRT Edge-LLM {release}"
     older = jetpack == "6.2"
-    steps, source = [], "engine"
+    steps: list[Step] = []
+    source = "engine"
     if precision == "w4a16":
         tool = ("tensorrt-edgellm-quantize-llm",) if older else ("tensorrt-edgellm-quantize", "llm")
         wanted = ("--model_dir", source, "--output_dir", "quantized", "--quantization", "int4_awq")
-        steps.append(Step("quantise the weights to int4", (*tool, *wanted), host))
+        steps.append(Step("quantise the weights to int4", (*tool, *wanted), host, "host"))
         source = "quantized"
     export = (
         ("tensorrt-edgellm-export-llm", "--model_dir", source, "--output_dir", "onnx")
         if older
         else ("tensorrt-edgellm-export", source, "onnx")
     )
-    steps.append(Step("export to ONNX, and copy the folder onnx to the device", export, host))
+    steps.append(Step("export to ONNX", export, host, "host"))
     limits = {"maxBatchSize": options.batch, "maxInputLen": options.context, "maxKVCacheCapacity": options.context}
     build = ("llm_build", "--onnxDir", "onnx" if older else "onnx/llm", "--engineDir", "engines")
     arguments = tuple(part for name, value in limits.items() for part in (f"--{name}", str(value)))

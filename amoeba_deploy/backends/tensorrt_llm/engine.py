@@ -7,14 +7,16 @@ import signal
 import subprocess
 from pathlib import Path
 
-from amoeba_deploy.backends.backend import BuildOptions, Step
+from amoeba_deploy.backends.backend import BuildOptions, Command, Step
 from amoeba_deploy.backends.tensorrt_llm.checkpoint import DTYPES
 from amoeba_deploy.backends.tensorrt_llm.forms import form_of, mapping_of
-from amoeba_deploy.backends.tensorrt_llm.serving import bench_steps, max_num_tokens, needs
+from amoeba_deploy.backends.tensorrt_llm.serving import REQUESTS, bench_commands, max_num_tokens, needs
 from amoeba_deploy.errors import AmoebaError
 
 TOOL = "trtllm-build"
 CHECKPOINT, ENGINES = "checkpoint", "engines"
+_DENSE = "DENSE"
+_NEEDS_DENSE = f"; {_DENSE} stands for the folder that 'amoeba extract --layout uniform' writes of the same shape"
 
 
 def build_command(checkpoint: str, engines: str, precision: str, options: BuildOptions) -> tuple[str, ...]:
@@ -89,12 +91,16 @@ def _missing(engines: Path, options: BuildOptions) -> str | None:
 
 
 def engine_steps(precision: str, options: BuildOptions, built: bool) -> tuple[Step, ...]:
-    """What is left to do on the device: compile, unless that was done, and measure."""
-    engines, checkpoint = f"engine/{ENGINES}", f"engine/{CHECKPOINT}"
-    command = build_command(checkpoint, engines, precision, options)
-    compile_it = () if built else (Step("compile the checkpoint to engines", command, needs(options)),)
+    """What finishes the engines on the device: compiling them, unless that was done."""
+    command = build_command(f"engine/{CHECKPOINT}", f"engine/{ENGINES}", precision, options)
+    return () if built else (Step("compile the checkpoint to engines", command, needs(options)),)
+
+
+def engine_commands(options: BuildOptions) -> tuple[Command, ...]:
+    """Measure the engines. The bundle has no safetensors of the whole model, whose headers ``trtllm-bench`` reads."""
+    engines = f"engine/{ENGINES}"
     if options.settings["release"] == "0.12":
         # Of that release trtllm-bench knows a list of models only; this is its tool for any engine.
-        tool = ("gptManagerBenchmark", "--engine_dir", engines, "--dataset", "requests.json", "--streaming", "true")
-        return (*compile_it, Step("measure it on a dataset of TensorRT-LLM's prepare_dataset.py", tool, needs(options)))
-    return (*compile_it, *bench_steps(options, ".", ("--backend", "tensorrt", "--engine_dir", engines)))
+        tool = ("gptManagerBenchmark", "--engine_dir", engines, "--dataset", REQUESTS, "--streaming", "true")
+        return (Command("measure them on a dataset of TensorRT-LLM's prepare_dataset.py", tool, needs(options)),)
+    return bench_commands(options, _DENSE, ("--backend", "tensorrt", "--engine_dir", engines), _NEEDS_DENSE)

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from amoeba_deploy import families
@@ -28,15 +29,25 @@ SETTINGS = {
 }
 _GENERATION = {"fp16": 70, "bf16": 80, "fp8": 89, "w8a16": 75, "w4a16": 75}
 """The least CUDA generation that computes in a precision."""
+_CUDA = re.compile(r"sm_(\d{2,3})[a-z]?", re.ASCII)
 _FP8_MULTIPLE = 16
 _WEIGHT_ONLY_MULTIPLE = 64
 _EDGE_MULTIPLE = 128
 _EDGE_HEADS = (64, 128)
 
 
+def chip_of(options: BuildOptions) -> str | None:
+    """The chip that it is built for, where that is known: the one asked for, else this machine's if a Jetson."""
+    if options.chip is not None:
+        return options.chip
+    from amoeba_deploy.profiles.machine import own_chips
+
+    return next((chip for chip in own_chips() if chip in JETSON), None)
+
+
 def form_of(precision: str, options: BuildOptions) -> Form:
     """The form that a precision is written in: the one asked for, else A, but B for weights in few bits."""
-    if options.chip in JETSON:
+    if chip_of(options) in JETSON:
         return "edge"
     asked = options.settings["form"]
     if asked == "auto":
@@ -64,7 +75,7 @@ def refusal(subnet: Architecture, precision: str, options: BuildOptions) -> str 
     """Why the form that follows from the options does not take a subnet, as half a sentence, or None."""
     form = form_of(precision, options)
     return (
-        _chip_refusal(precision, options.chip)
+        _chip_refusal(precision, chip_of(options))
         or _window_refusal(subnet, options.context)
         or _form_refusal(subnet, precision, form, options.settings["release"])
         or (_edge_refusal(subnet, precision, options) if form == "edge" else None)
@@ -79,8 +90,10 @@ def _chip_refusal(precision: str, chip: str | None) -> str | None:
         return f"the device is a {chip}, and TensorRT-LLM runs on NVIDIA GPUs only"
     if chip in JETSON:
         return None
-    generation, least = int(chip.removeprefix("sm_").rstrip("abcdef")), _GENERATION[precision]
-    if generation < least:
+    named, least = _CUDA.fullmatch(chip), _GENERATION[precision]
+    if named is None:
+        return f"the device's architecture '{chip}' is no CUDA generation; name it as NVIDIA does: sm_90"
+    if int(named[1]) < least:
         return f"{precision} needs an NVIDIA GPU of sm_{least} or newer, and the device is {chip}"
     return None
 
@@ -151,7 +164,9 @@ def _nearest(count: int, multiple: int) -> str:
 
 def _edge_refusal(subnet: Architecture, precision: str, options: BuildOptions) -> str | None:
     if precision not in ("fp16", "w4a16"):
-        return f"TensorRT Edge-LLM has no {precision} on {options.chip}; choose fp16, or w4a16 (int4 in groups of 128)"
+        return (
+            f"TensorRT Edge-LLM has no {precision} on {chip_of(options)}; choose fp16, or w4a16 (int4 in groups of 128)"
+        )
     if options.settings["form"] != "auto":
         return "a Jetson takes neither form A nor B but TensorRT Edge-LLM's; leave out --set form"
     if mapping_of(options).world_size > 1:

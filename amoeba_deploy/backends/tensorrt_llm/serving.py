@@ -10,10 +10,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from amoeba_deploy.backends.backend import BuildOptions, Step
+from amoeba_deploy.backends.backend import BuildOptions, Command
 from amoeba_deploy.backends.tensorrt_llm.forms import mapping_of
 
 SERVE, BENCH = "serve.yaml", "bench.yaml"
+REQUESTS, REPORT = "../requests.json", "../report.json"
+"""Beside the bundle, which holds nothing that its manifest does not list."""
 TOKENS_AT_ONCE = 8192
 """Prompt tokens that are processed together at most, unless a single prompt may be longer; TensorRT-LLM's default."""
 _PROMPT, _OUTPUT, _REQUESTS = 128, 32, 64
@@ -48,53 +50,47 @@ def write_serving(folder: Path, options: BuildOptions) -> None:
 
 
 def needs(options: BuildOptions) -> str:
-    """What must be installed where the steps run."""
+    """What must be installed where the commands run."""
     count = mapping_of(options).world_size
     gpus = "an NVIDIA GPU" if count == 1 else f"{count} NVIDIA GPUs"
     chip = f" of {options.chip}" if options.chip else ""
     return f"{gpus}{chip} and TensorRT-LLM {options.settings['release']} (nvcr.io/nvidia/tensorrt-llm/release)"
 
 
-def serving_steps(options: BuildOptions) -> tuple[Step, ...]:
+def serving_commands(options: BuildOptions) -> tuple[Command, ...]:
     """Measure the folder ``engine``, and serve it."""
     flag = "--config" if options.settings["release"] == "1.3" else "--extra_llm_api_options"
     serve = ("trtllm-serve", "engine", "--port", "8000")
     run = ("--backend", "pytorch", flag, f"engine/{BENCH}", "--max_seq_len", str(options.context))
     return (
-        *bench_steps(options, "engine", run),
-        Step("serve it on port 8000", (*serve, flag, f"engine/{SERVE}"), needs(options)),
+        *bench_commands(options, "engine", run),
+        Command("serve it on port 8000", (*serve, flag, f"engine/{SERVE}"), needs(options)),
     )
 
 
-def bench_steps(options: BuildOptions, model: str, run: tuple[str, ...]) -> tuple[Step, ...]:
+def bench_commands(options: BuildOptions, model: str, run: tuple[str, ...], more: str = "") -> tuple[Command, ...]:
     """Make requests with random prompts, and measure them; latencies to the first and to each further token.
 
     Args:
         options: what the engine was built for.
-        model: the folder with config and tokenizer.
+        model: the Hugging Face folder; ``trtllm-bench`` reads config, tokenizer and the headers of its safetensors.
         run: the arguments that say what is measured.
+        more: what is needed beside TensorRT-LLM.
     """
     prompt = min(_PROMPT, max(options.context - _OUTPUT, 1))
     output = max(min(_OUTPUT, options.context - prompt), 1)
     tool, mapping = ("trtllm-bench", "--model", model, "--model_path", model), mapping_of(options)
     lengths = ("--input-mean", str(prompt), "--input-stdev", "0", "--output-mean", str(output), "--output-stdev", "0")
-    made = (*tool, "prepare-dataset", "--output", "requests.json", "token-norm-dist")
-    measured = (
-        *tool,
-        "throughput",
-        "--dataset",
-        "requests.json",
-        *run,
-        "--tp",
-        str(mapping.tp),
-        "--pp",
-        str(mapping.pp),
-    )
+    made = (*tool, "prepare-dataset", "--output", REQUESTS, "token-norm-dist")
+    # Left out, the limits are a guess of the tool's own, by the model and the GPU.
+    limits = ("--max_batch_size", str(options.batch), "--max_num_tokens", str(max_num_tokens(options)))
+    spread = ("--tp", str(mapping.tp), "--pp", str(mapping.pp))
+    measured = (*tool, "throughput", "--dataset", REQUESTS, *run, *limits, *spread)
     return (
-        Step("make requests to measure", (*made, "--num-requests", str(_REQUESTS), *lengths), needs(options)),
-        Step(
+        Command("make requests to measure", (*made, "--num-requests", str(_REQUESTS), *lengths), needs(options) + more),
+        Command(
             "measure the times to the first and to each further token",
-            (*measured, "--streaming", "--concurrency", str(options.batch), "--report_json", "report.json"),
-            needs(options),
+            (*measured, "--streaming", "--concurrency", str(options.batch), "--report_json", REPORT),
+            needs(options) + more,
         ),
     )
