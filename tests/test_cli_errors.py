@@ -579,6 +579,8 @@ class Started:
             stderr=subprocess.PIPE,
             text=True,
             env=os.environ | {"TMPDIR": str(self.temporary)},
+            # A shell's background jobs ignore interrupts, and so would what they start.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             **options,
         )
 

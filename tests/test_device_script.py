@@ -103,6 +103,7 @@ def test_make_hands_its_variables_to_the_script() -> None:
     }
     command = [
         "make",
+        "--no-print-directory",
         "-n",
         "-o",
         ".venv/installed",

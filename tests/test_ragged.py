@@ -493,7 +493,7 @@ def test_a_backend_gets_the_layout_that_it_takes(
         return str(json.loads((output / "subnet.json").read_text())["layout"])
 
     assert lowered_to("both") == layout
-    monkeypatch.setattr(type(ONNX), "layouts", lambda _: ("uniform",))
+    monkeypatch.setattr(type(ONNX), "layouts", lambda *_: ("uniform",))
     assert lowered_to("one") == "uniform"
 
 
