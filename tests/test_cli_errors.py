@@ -580,8 +580,7 @@ class Started:
             text=True,
             env=os.environ | {"TMPDIR": str(self.temporary)},
             # A shell's background jobs ignore interrupts, and so would what they start.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-            **options,
+            **{"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)} | options,
         )
 
     def wait_for(self, folder: Path, pattern: str) -> None:
