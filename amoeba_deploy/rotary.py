@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,18 +40,24 @@ def inverse_frequencies(rope: Rope, head_dim: int, trained: int, dtype: type[Rea
     turned = turning(rope, head_dim)
     exponents = np.arange(0, turned, 2, dtype=dtype) / dtype(turned)
     frequencies: NDArray[Real] = (1.0 / (dtype(rope.theta) ** exponents)).astype(dtype)
-    if rope.kind == "default":
-        return frequencies, 1.0
+    factor = 1.0
     if rope.kind == "linear":
-        return (frequencies / dtype(rope.setting("factor"))).astype(dtype), 1.0
-    if rope.kind == "llama3":
-        return _llama3(rope, frequencies).astype(dtype), 1.0
-    if rope.kind == "yarn":
-        scaled, factor = _yarn(rope, frequencies, turned, trained)
-        return scaled.astype(dtype), factor
-    if rope.kind == "longrope":
-        return (frequencies / np.asarray(rope.setting("short_factor"), dtype)).astype(dtype), _long(rope, trained)
-    raise BadInput(f"rotary scaling '{rope.kind}' is not computed here; known are {', '.join(ROPE_KINDS)}")
+        frequencies = (frequencies / dtype(rope.setting("factor"))).astype(dtype)
+    elif rope.kind == "llama3":
+        frequencies = _llama3(rope, frequencies)
+    elif rope.kind == "yarn":
+        frequencies, factor = _yarn(rope, frequencies, turned, trained)
+    elif rope.kind == "longrope":
+        divisors: NDArray[Real] = np.asarray(rope.setting("short_factor"), dtype)
+        frequencies, factor = (frequencies / divisors).astype(dtype), _long(rope, trained)
+    elif rope.kind != "default":
+        raise BadInput(f"rotary scaling '{rope.kind}' is not computed here; known are {', '.join(ROPE_KINDS)}")
+    return frequencies.astype(dtype), factor
+
+
+def _said(rope: Rope) -> dict[str, Any]:
+    """The settings that the config does not leave to the scaling."""
+    return {name: value for name, value in rope.settings if value is not None}
 
 
 def _llama3(rope: Rope, frequencies: NDArray[Real]) -> NDArray[Real]:
@@ -69,7 +75,7 @@ def _stretch(factor: float, share: float = 1.0) -> float:
 
 def _yarn(rope: Rope, frequencies: NDArray[Real], turned: int, trained: int) -> tuple[NDArray[Real], float]:
     """YaRN (https://arxiv.org/abs/2309.00071): few turns within the trained context are interpolated, many are not."""
-    said = {name: value for name, value in rope.settings if value is not None}
+    said = _said(rope)
     original = float(said.get("original_max_position_embeddings", trained))
     factor = float(said.get("factor", trained / original))
 
@@ -96,7 +102,7 @@ def _yarn(rope: Rope, frequencies: NDArray[Real], turned: int, trained: int) -> 
 
 def _long(rope: Rope, trained: int) -> float:
     """LongRoPE's factor of cosines and sines (https://arxiv.org/abs/2402.13753)."""
-    said = {name: value for name, value in rope.settings if value is not None}
+    said = _said(rope)
     if "attention_factor" in said:
         return float(said["attention_factor"])
     original = int(rope.setting("original_max_position_embeddings"))

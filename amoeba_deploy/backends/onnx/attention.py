@@ -70,8 +70,7 @@ class Attention:
 
     def _rotary_tables(self) -> None:
         # One row more than the context: where rows of a batch differ in length, a full one is filled up by one.
-        graph = self.graph
-        sizes = self.sizes
+        graph, sizes = self.graph, self.sizes
         frequencies, factor = inverse_frequencies(sizes.rope, sizes.head_dim, sizes.context, np.float32)
         graph.constant("rotary.frequencies", frequencies[None])
         graph.constant("rotary.positions", np.arange(self.context + 1, dtype=np.float32)[:, None])

@@ -130,7 +130,6 @@ class CompiledEngine:
             if not isinstance(cause, (CppCompileError, InvalidCxxCompiler)):
                 raise
             reason = next((line for line in str(cause).splitlines() if "error" in line.lower()), str(cause)[:200])
-            reason = reason or f"{os.environ.get('CXX') or 'g++'} is no C++ compiler"
             raise AmoebaError(f"the C++ compiler did not compile the model's graph: {reason.strip()}") from None
         self.reset()
 
