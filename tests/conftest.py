@@ -52,6 +52,16 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+YARN_ROPES: dict[str, dict[str, Any]] = {
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+    "yarn with scales": {
+        "rope_type": "yarn",
+        "factor": 40.0,
+        "original_max_position_embeddings": 32,
+        "mscale": 1.0,
+        "mscale_all_dim": 0.5,
+    },
+}
 GRANITE_SCALES = {
     "embedding_multiplier": 3.0,
     "attention_multiplier": 0.2,
@@ -238,3 +248,15 @@ def stories(tmp_path: Path) -> Path:
 def amoeba(*arguments: object) -> Result:
     """Run the command line in this process; the result has exit code, standard output and standard error."""
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def sentence(result: Result, code: int) -> str:
+    """The one line of a refusal, after checking that it is one and has the exit code."""
+    assert result.exit_code == code, result.output
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1, result.stderr
+    assert result.stderr.endswith("\n")
+    assert lines[0].startswith("amoeba: ")
+    return lines[0]

@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 from chatting import build_bundle
-from click.testing import Result
-from conftest import amoeba
+from conftest import amoeba, sentence
 from fake_backends import offer_fake
 
 from amoeba_deploy import export as exporting
@@ -24,14 +23,6 @@ from amoeba_deploy.checkpoint import Checkpoint
 from amoeba_deploy.files import write_json
 
 TARGET = ("--device", "orin-nx", "--prompt", 64, "--quiet")
-
-
-def refused(result: Result, code: int) -> str:
-    """The one sentence of a refusal."""
-    assert (result.exit_code, result.stdout) == (code, ""), result.output
-    assert "Traceback" not in result.stderr
-    assert result.stderr.count("\n") == 1, result.stderr
-    return result.stderr
 
 
 def change(file: Path, edit: Callable[[Any], object]) -> None:
@@ -69,7 +60,7 @@ def test_a_bundle_of_another_version_or_chip_is_refused(bundle: Path, what: str,
     edit, said = FOREIGN[what]
     change(bundle / "manifest.json", lambda manifest: edit(manifest["identity"]))
     more = {"run": ("-p", "x"), "evaluate": ("--text", bundle / "manifest.json")}.get(command, ())
-    found = refused(amoeba(*command.split(), bundle, *more, "--quiet"), 2)
+    found = sentence(amoeba(*command.split(), bundle, *more, "--quiet"), 2)
     assert f"{bundle}: its engine {said}" in found
     assert "build it again, or run it there" in found
 
@@ -94,7 +85,7 @@ def test_a_bundle_that_cannot_run_here_says_why(
     made = build_bundle(checkpoint, "fake", tmp_path / "bundle")
     fake.reason = "it needs an accelerator"
     for command in (("run", made, "-p", "x"), ("bundle", "verify", made)):
-        said = refused(amoeba(*command, "--quiet"), 6)
+        said = sentence(amoeba(*command, "--quiet"), 6)
         assert f"{made}: its fake engine cannot run here: it needs an accelerator" in said
 
 
@@ -115,7 +106,7 @@ def test_a_refused_plan_names_the_nearest_that_the_engine_takes(
     plan.write_text(amoeba("extract", checkpoint.path, "--shape", "2x0.6", "--plan-only").stdout)
     assert len(json.loads(plan.read_text())["blocks"][0]["neurons"]) == 96
     output = tmp_path / "outputs" / "bundle"
-    said = refused(amoeba("export", checkpoint.path, *picky, "--shape", plan, "-o", output), 2)
+    said = sentence(amoeba("export", checkpoint.path, *picky, "--shape", plan, "-o", output), 2)
     assert "a block keeps 96 neurons, where tensorrt-llm takes multiples of 64 in fp32" in said
     assert "the nearest that it takes is 2 key/value heads and 128 neurons" in said
     assert not output.parent.exists()
@@ -138,7 +129,7 @@ def test_a_missing_toolchain_of_any_flow_ends_with_6_and_the_command_that_instal
 ) -> None:
     offer_fake(monkeypatch, "tensorrt-llm", missing=("fake-runtime",))
     for command in (("export", "--shape", "2x1", "-o", tmp_path / "bundle"), ("search", "--memory", "8GB")):
-        said = refused(amoeba(command[0], checkpoint.path, *TARGET, "--flow", "tensorrt-llm", *command[1:]), 6)
+        said = sentence(amoeba(command[0], checkpoint.path, *TARGET, "--flow", "tensorrt-llm", *command[1:]), 6)
         assert "needs fake-runtime, which is not installed; run pip install tensorrt-llm-runtime" in said
     assert not (tmp_path / "bundle").exists()
 
@@ -158,7 +149,7 @@ def test_a_disk_that_fills_up_while_exporting_is_one_sentence_and_nothing_is_lef
 
     monkeypatch.setattr(exporting, "write_json", full)
     outputs = tmp_path / "outputs"
-    said = refused(amoeba("export", checkpoint.path, *EXPORT, "-o", outputs / "bundle"), 2)
+    said = sentence(amoeba("export", checkpoint.path, *EXPORT, "-o", outputs / "bundle"), 2)
     assert f"{outputs / 'bundle'}: was not written: No space left on device" in said
     assert "free some there, or choose another output" in said
     assert list(outputs.iterdir()) == []
@@ -169,9 +160,9 @@ def test_an_engine_that_reports_a_full_disk_in_its_own_words_is_understood(
 ) -> None:
     offer_fake(monkeypatch, "tensorrt-llm", broken=RuntimeError("basic_ios::clear: iostream error"))
     command = ("export", checkpoint.path, *TARGET, "--flow", "tensorrt-llm", "--precision", "bf16", "--shape", "2x1")
-    assert "unexpected RuntimeError" in refused(amoeba(*command, "-o", tmp_path / "outputs" / "bundle"), 1)
+    assert "unexpected RuntimeError" in sentence(amoeba(*command, "-o", tmp_path / "outputs" / "bundle"), 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda _place: SimpleNamespace(free=0))
-    said = refused(amoeba(*command, "-o", tmp_path / "outputs" / "bundle"), 2)
+    said = sentence(amoeba(*command, "-o", tmp_path / "outputs" / "bundle"), 2)
     assert "no space left" in said
     assert "iostream error" in said
     assert list((tmp_path / "outputs").iterdir()) == []
@@ -192,7 +183,7 @@ def test_a_file_that_the_system_refuses_is_named_with_what_to_do(
         raise OSError(number, os.strerror(number), "/somewhere/model.bin")
 
     monkeypatch.setattr("amoeba_deploy.profiles.device.device_names", refuse)
-    assert refused(amoeba("devices"), 2) == f"amoeba: {os.strerror(number)} at /somewhere/model.bin; {advice}\n"
+    assert sentence(amoeba("devices"), 2) == f"amoeba: {os.strerror(number)} at /somewhere/model.bin; {advice}"
 
 
 def test_a_failure_of_the_system_without_a_file_is_unexpected(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,7 +191,7 @@ def test_a_failure_of_the_system_without_a_file_is_unexpected(monkeypatch: pytes
         raise OSError("the driver is gone")
 
     monkeypatch.setattr("amoeba_deploy.profiles.device.device_names", refuse)
-    assert "unexpected OSError: the driver is gone" in refused(amoeba("devices"), 1)
+    assert "unexpected OSError: the driver is gone" in sentence(amoeba("devices"), 1)
 
 
 @pytest.mark.parametrize("command", ["profile import", "bundle finish", "run", "export"])

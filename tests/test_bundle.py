@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import Result
-from conftest import amoeba
+from conftest import amoeba, sentence
 from safetensors import safe_open
 
 from amoeba_deploy.checkpoint import Checkpoint
@@ -76,14 +75,6 @@ def list_again(folder: Path, name: str) -> None:
     """Enter a changed file into the manifest, as someone would who wants the change to pass unseen."""
     entry = {"sha256": digest(folder / name), "bytes": (folder / name).stat().st_size}
     change(folder / "manifest.json", lambda manifest: manifest["files"].update({name: entry}))
-
-
-def refusal(result: Result, code: int) -> str:
-    """The one sentence of a refusal."""
-    assert result.exit_code == code, result.output
-    assert result.stdout == ""
-    assert result.stderr.count("\n") == 1
-    return result.stderr
 
 
 # What export prints
@@ -273,38 +264,38 @@ def test_one_changed_byte_is_found(bundle: Path, name: str) -> None:
     data = bytearray((bundle / name).read_bytes())
     data[len(data) // 2] ^= 1
     (bundle / name).write_bytes(data)
-    assert name in refusal(amoeba("bundle", "verify", bundle, "--quiet"), 5)
+    assert name in sentence(amoeba("bundle", "verify", bundle, "--quiet"), 5)
 
 
 @pytest.mark.parametrize("name", ["stray.txt", "engine/stray.txt", "engine/measured.json", "new/stray.txt", ".stray"])
 def test_an_added_file_is_found(bundle: Path, name: str) -> None:
     (bundle / name).parent.mkdir(exist_ok=True)
     (bundle / name).write_text("stray")
-    assert name in refusal(amoeba("bundle", "verify", bundle, "--quiet"), 5)
+    assert name in sentence(amoeba("bundle", "verify", bundle, "--quiet"), 5)
 
 
 @pytest.mark.parametrize("name", ["engine/weights.int4.safetensors", "selftest.json", "tokenizer.json"])
 def test_a_removed_file_is_found(bundle: Path, name: str) -> None:
     (bundle / name).unlink()
-    assert name in refusal(amoeba("bundle", "verify", bundle, "--quiet"), 5)
+    assert name in sentence(amoeba("bundle", "verify", bundle, "--quiet"), 5)
 
 
 def test_a_file_that_became_a_link_is_found(bundle: Path, tmp_path: Path) -> None:
     (bundle / "tokenizer.json").rename(tmp_path / "tokenizer.json")
     (bundle / "tokenizer.json").symlink_to(tmp_path / "tokenizer.json")
-    assert "link" in refusal(amoeba("bundle", "verify", bundle, "--quiet"), 5)
+    assert "link" in sentence(amoeba("bundle", "verify", bundle, "--quiet"), 5)
 
 
 def test_a_folder_that_became_a_link_is_found(bundle: Path, tmp_path: Path) -> None:
     (bundle / "engine").rename(tmp_path / "engine")
     (bundle / "engine").symlink_to(tmp_path / "engine")
-    assert "link" in refusal(amoeba("bundle", "verify", bundle, "--quiet"), 5)
+    assert "link" in sentence(amoeba("bundle", "verify", bundle, "--quiet"), 5)
 
 
 def test_a_name_that_leads_out_of_the_bundle_is_refused(bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "outside.txt").write_text("outside")
     list_again(bundle, "../outside.txt")
-    assert "outside.txt" in refusal(amoeba("bundle", "verify", bundle, "--quiet"), 5)
+    assert "outside.txt" in sentence(amoeba("bundle", "verify", bundle, "--quiet"), 5)
 
 
 def test_measurements_and_a_signature_are_outside_the_digests(bundle: Path) -> None:
@@ -316,7 +307,7 @@ def test_measurements_and_a_signature_are_outside_the_digests(bundle: Path) -> N
 def test_wrong_tokens_are_found_although_their_digest_is_right(bundle: Path) -> None:
     change(bundle / "selftest.json", lambda test: test["tokens"].__setitem__(0, test["tokens"][0] ^ 1))
     list_again(bundle, "selftest.json")
-    assert "step 0" in refusal(amoeba("bundle", "verify", bundle, "--quiet"), 5)
+    assert "step 0" in sentence(amoeba("bundle", "verify", bundle, "--quiet"), 5)
 
 
 def test_other_weights_are_found_although_their_digest_is_right(bundle: Path) -> None:
@@ -326,7 +317,7 @@ def test_other_weights_are_found_although_their_digest_is_right(bundle: Path) ->
     data[start:] = data[start:][::-1]
     weights.write_bytes(data)
     list_again(bundle, "engine/weights.int4.safetensors")
-    assert "the engine gives token" in refusal(amoeba("bundle", "verify", bundle, "--quiet"), 5)
+    assert "the engine gives token" in sentence(amoeba("bundle", "verify", bundle, "--quiet"), 5)
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "selftest.json"])
@@ -334,27 +325,27 @@ def test_another_version_of_a_format_is_refused(bundle: Path, name: str) -> None
     change(bundle / name, lambda value: value.update(format=value["format"].replace("/1", "/2")))
     if name != "manifest.json":
         list_again(bundle, name)
-    assert f"{name}: has format" in refusal(amoeba("bundle", "verify", bundle, "--quiet"), 2)
+    assert f"{name}: has format" in sentence(amoeba("bundle", "verify", bundle, "--quiet"), 2)
 
 
 @pytest.mark.parametrize("key", ["files", "flow", "precision"])
 def test_a_manifest_that_lacks_an_entry_is_refused(bundle: Path, key: str) -> None:
     change(bundle / "manifest.json", lambda manifest: manifest.pop(key))
-    assert "manifest.json" in refusal(amoeba("bundle", "verify", bundle, "--quiet"), 2)
+    assert "manifest.json" in sentence(amoeba("bundle", "verify", bundle, "--quiet"), 2)
 
 
 def test_a_manifest_of_an_unknown_precision_is_refused(bundle: Path) -> None:
     change(bundle / "manifest.json", lambda manifest: manifest.update(precision="int3"))
-    assert "int3" in refusal(amoeba("bundle", "verify", bundle, "--quiet"), 2)
+    assert "int3" in sentence(amoeba("bundle", "verify", bundle, "--quiet"), 2)
 
 
 def test_a_bundle_of_a_flow_that_this_version_lacks_is_refused(bundle: Path) -> None:
     change(bundle / "manifest.json", lambda manifest: manifest.update(flow="tomorrow"))
-    assert "'tomorrow' is not a flow" in refusal(amoeba("bundle", "verify", bundle, "--quiet"), 2)
+    assert "'tomorrow' is not a flow" in sentence(amoeba("bundle", "verify", bundle, "--quiet"), 2)
 
 
 def test_a_folder_without_a_manifest_is_no_bundle(tmp_path: Path) -> None:
-    assert "is not a bundle" in refusal(amoeba("bundle", "verify", tmp_path, "--quiet"), 2)
+    assert "is not a bundle" in sentence(amoeba("bundle", "verify", tmp_path, "--quiet"), 2)
 
 
 # Running
@@ -377,7 +368,7 @@ def test_run_prints_one_json_object_with_the_same_text(exported: Exported) -> No
 
 
 def test_run_refuses_a_prompt_that_exceeds_the_context(exported: Exported, manifest: dict[str, Any]) -> None:
-    said = refusal(amoeba("run", exported[0], "-p", PROMPT, "--tokens", manifest["context"], "--quiet"), 2)
+    said = sentence(amoeba("run", exported[0], "-p", PROMPT, "--tokens", manifest["context"], "--quiet"), 2)
     assert f"context of {manifest['context']}" in said
 
 

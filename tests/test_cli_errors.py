@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 from click.testing import Result
-from conftest import amoeba
+from conftest import amoeba, sentence
 
 from amoeba_deploy.backends import onnx as onnx_flow
 from amoeba_deploy.checkpoint import Checkpoint
@@ -31,17 +31,6 @@ SEARCH = ("--device", "orin-nx", "--latency", "40ms")
 TORCH = ("--flow", "torch", "--precision", "fp32")
 SHORT = ("--prompt", "64")
 """For the random checkpoint, whose context is 128."""
-
-
-def sentence(result: Result, code: int) -> str:
-    """The one line of a refusal, after checking that it is one and has the exit code."""
-    assert result.exit_code == code, result.output
-    assert result.stdout == ""
-    assert "Traceback" not in result.stderr
-    lines = result.stderr.splitlines()
-    assert len(lines) == 1, result.stderr
-    assert lines[0].startswith("amoeba: ")
-    return lines[0]
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from conftest import random_selection, save_random_model
+from conftest import YARN_ROPES, random_selection, save_random_model
 from onnx_engines import ONNX, OPTIONS, fed, fed_in_rows, lowered
 
 from amoeba_deploy.backends import load_backend
@@ -21,22 +21,11 @@ from amoeba_deploy.plan import Plan, block_plan
 from amoeba_deploy.shape import Shape
 from amoeba_deploy.verification import verify_artefact
 
-YARNS: dict[str, dict[str, Any]] = {
-    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
-    "yarn with scales": {
-        "rope_type": "yarn",
-        "factor": 40.0,
-        "original_max_position_embeddings": 32,
-        "mscale": 1.0,
-        "mscale_all_dim": 0.5,
-    },
-}
 
-
-@pytest.mark.parametrize("name", YARNS)
+@pytest.mark.parametrize("name", YARN_ROPES)
 @pytest.mark.parametrize("head_dim", [16, 8])
 def test_a_model_with_yarn_verifies(name: str, head_dim: int, tmp_path: Path) -> None:
-    rope = {"rope_theta": 5000.0, **YARNS[name]}
+    rope = {"rope_theta": 5000.0, **YARN_ROPES[name]}
     model = save_random_model(tmp_path / "model", "llama", head_dim=head_dim, rope_parameters=rope)
     for precision in ("fp32", "int8"):
         artefact = lowered(model, tmp_path / precision, precision)

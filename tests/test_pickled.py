@@ -22,9 +22,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import amoeba
+from conftest import amoeba, sentence
 from released import make_released
-from test_cli_errors import sentence
 
 from amoeba_deploy.errors import BadInput
 from amoeba_deploy.model_folder import ModelFolder

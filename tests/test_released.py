@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import amoeba, save_random_model
+from conftest import amoeba, save_random_model, sentence
 from released import ALPHA, EXPERTS, KEPT, MODULES, RANK, RATIOS, ROUTER, Released, make_released, released_logits
 from safetensors.numpy import load_file, save_file
-from test_cli_errors import change, sentence
+from test_cli_errors import change
 from test_families import IDS, relative_error, stock_logits
 
 from amoeba_deploy.checkpoint import Checkpoint, open_checkpoint

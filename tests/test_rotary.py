@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import LLAMA3_ROPE, YARN_ROPES
 from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -16,14 +17,8 @@ from amoeba_deploy.rotary import inverse_frequencies, turning
 
 ROPES: dict[str, dict[str, Any]] = {
     "linear": {"rope_type": "linear", "factor": 3.0},
-    "llama3": {
-        "rope_type": "llama3",
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 32,
-    },
-    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+    "llama3": LLAMA3_ROPE | {"rope_theta": 5000.0},
+    **YARN_ROPES,
     "yarn without a trained length": {"rope_type": "yarn", "factor": 4.0},
     "yarn with its own edges": {
         "rope_type": "yarn",
@@ -38,13 +33,6 @@ ROPES: dict[str, dict[str, Any]] = {
         "factor": 4.0,
         "original_max_position_embeddings": 32,
         "attention_factor": 0.8,
-    },
-    "yarn with scales": {
-        "rope_type": "yarn",
-        "factor": 40.0,
-        "original_max_position_embeddings": 32,
-        "mscale": 1.0,
-        "mscale_all_dim": 0.5,
     },
     "longrope": {"rope_type": "longrope", "original_max_position_embeddings": 32},
     "longrope with a factor": {
