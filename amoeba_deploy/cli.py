@@ -15,7 +15,10 @@ import click
 from amoeba_deploy import __version__
 from amoeba_deploy.commands.bundles import bundle
 from amoeba_deploy.commands.checkpoint import checkpoint
-from amoeba_deploy.commands.devices import devices, export, profile, search
+from amoeba_deploy.commands.devices import devices
+from amoeba_deploy.commands.export import export
+from amoeba_deploy.commands.profile import profile
+from amoeba_deploy.commands.search import search
 from amoeba_deploy.commands.select import select
 from amoeba_deploy.commands.subnets import evaluate, extract, run
 from amoeba_deploy.commands.tune import tune

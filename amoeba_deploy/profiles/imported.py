@@ -101,7 +101,7 @@ def import_measurements(files: Sequence[Path], device: str, told: Told, output: 
             raise BadInput(f"{file}: holds no measurement, so there is nothing to import; see its items for why")
         twice = [key for key, count in Counter(row.key for row in found.rows).items() if count > 1]
         if twice:
-            flow, precision, depth, width, _, batch, prompt, tokens = twice[0]
+            flow, precision, depth, width, _, batch, prompt, tokens, *_ = twice[0]
             row = f"{flow} {precision} {depth}x{width} (batch {batch}, prompt {prompt}, {tokens} tokens)"
             raise BadInput(
                 f"{file}: measures {row} more than once, of other files, threads or rates perhaps; import one of them "

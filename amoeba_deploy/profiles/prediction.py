@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Metric = Literal["tpot", "ttft", "e2e"]
+Interval = tuple[float, float]
 Source = Literal["measured", "interpolated", "estimated"]
 
 
@@ -17,6 +18,11 @@ class Prediction:
     ttft_ms: float
     memory_bytes: int
     source: Source
+    tpot_interval: Interval | None = None
+    """Low and high end in milliseconds between which a measurement is expected, nine times in ten; None: not known."""
+    ttft_interval: Interval | None = None
+    artifact_bytes: float | None = None
+    """Size of the engine's files, where it was measured or predicted from measurements."""
 
     def value(self, metric: Metric, tokens: int) -> float:
         """One metric in milliseconds; E2E, for ``tokens`` generated tokens, is TTFT + (tokens - 1) x TPOT."""

@@ -7,8 +7,8 @@ of its flow, precision and workload: linear in the parameters of a block at each
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -43,11 +43,29 @@ class Row:
     repeats: int
     peak_memory_bytes: int
     artifact_bytes: int
+    ttft_p10: float | None = None
+    ttft_p90: float | None = None
+    ttft_error: float | None = None
+    """Half the width of the median's 95 % confidence interval, as a share of the median; None where nobody told."""
+    tpot_error: float | None = None
+    noisy: bool = False
+    """Whether the machine was too noisy for a confident median."""
+    stopped: str | None = None
+    """Why no further repeat was made: ``confident``, ``budget`` or ``repeats``."""
+    gpu_memory_bytes: int | None = None
+    energy_per_token_j: float | None = None
+    """Joules a generated token, of the GPU alone."""
+    context: int | None = None
+    """Positions that the engine provided for."""
+    settings: Mapping[str, str] = field(default_factory=dict)
+    """Settings of the engine's own that were not at their defaults."""
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What a table holds one row of: flow, precision, shape and workload."""
-        return (self.flow, self.precision, self.depth, self.width, self.policy, self.batch, self.prompt, self.tokens)
+        """What a table holds one row of: flow, precision, shape, workload, context and settings."""
+        shape = self.depth, self.width, self.policy
+        settings = tuple(sorted(self.settings.items()))
+        return (self.flow, self.precision, *shape, self.batch, self.prompt, self.tokens, self.context or 0, settings)
 
     @property
     def shape(self) -> Shape:
@@ -147,9 +165,11 @@ class Table:
 
 def write_table(file: Path, table: Table, force: bool = False) -> None:
     """Write a table as one JSON file; raises BadInput where the file exists and ``force`` is not set."""
+    defaults = {each.name: each.default for each in fields(Row) if each.default is not MISSING} | {"settings": {}}
+    rows = [{k: v for k, v in asdict(row).items() if k not in defaults or v != defaults[k]} for row in table.rows]
     head = {"format": TABLE_FORMAT, "device": table.device, "architecture": table.architecture_digest}
     with whole_file(file, force) as work:
-        write_json(work, head | table.facts | {"rows": [asdict(row) for row in table.rows]})
+        write_json(work, head | table.facts | {"rows": rows})
 
 
 def read_table(file: Path) -> Table:

@@ -1,0 +1,135 @@
+"""The command ``profile``, and those beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from amoeba_deploy.commands.common import WithSubcommands, emit, open_named
+from amoeba_deploy.errors import BadInput
+from amoeba_deploy.options import Memory, Seconds, checkpoint_argument, comma_list, output_options, workload_options
+from amoeba_deploy.progress import Progress
+
+
+@click.command(cls=WithSubcommands)
+@checkpoint_argument
+@click.option("--flow", help="Flows, separated by commas.  [default: every one installed]")
+@click.option("--precision", help="Precisions, separated by commas.  [default: all of each flow]")
+@click.option(
+    "--device", default="local", show_default=True, help="What to call this machine in a table written by -o."
+)
+@click.option("--shapes", default="grid", show_default=True, help="corners, grid, or shapes separated by commas.")
+@click.option("--repeats", type=click.IntRange(3), default=9, show_default=True, help="Runs of each engine.")
+@click.option("--budget", type=Seconds(), default="5m", show_default=True, help="Time after which no repeat begins.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="Table to write.  [default: this machine's cache]"
+)
+@click.option("--force", is_flag=True, help="Replace an existing output.")
+@workload_options
+@output_options
+def profile(
+    checkpoint: Path | None,
+    flow: str | None,
+    precision: str | None,
+    device: str,
+    shapes: str,
+    repeats: int,
+    budget: float,
+    output: Path | None,
+    force: bool,
+    batch: int,
+    prompt: int,
+    tokens: int,
+    context: int | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Measure latencies of some shapes on this machine; search interpolates the rest.
+
+    \b
+    amoeba profile --flow onnx --precision fp32,int4
+    """
+    from amoeba_deploy import console
+    from amoeba_deploy.profiles.local import profile_to
+    from amoeba_deploy.profiles.workload import Workload
+
+    opened = open_named(checkpoint)
+    table, file = profile_to(
+        opened,
+        comma_list(flow),
+        comma_list(precision),
+        shapes,
+        Workload(batch, prompt, tokens),
+        context,
+        repeats=repeats,
+        budget=budget,
+        device=device,
+        output=output,
+        force=force,
+        progress=Progress(quiet),
+    )
+    value = {"path": str(file), "rows": len(table.rows)}
+    emit(value, as_json, lambda: console.print_table(table, file))
+
+
+@profile.command("import")
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FILE...")
+@click.option("--device", required=True, help="The device that was measured: a name, or the path of its file.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), required=True, help="Table to write, or to add the rows to."
+)
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="Whose model was measured.")
+@click.option("--config", type=click.Path(path_type=Path), help="Config of the model that was measured.")
+@click.option("--shape", help="Of what was measured, such as 24x0.75.")
+@click.option("--flow", help="Of what was measured.")
+@click.option("--precision", help="Of what was measured.")
+@click.option("--batch", type=click.IntRange(1), help="Sequences at once.")
+@click.option("--prompt", type=click.IntRange(1), help="Prompt tokens.")
+@click.option("--tokens", type=click.IntRange(1), help="Generated tokens.")
+@click.option("--peak-memory", type=Memory(), help="Memory that running took, such as 8GB.")
+@click.option("--artifact-size", type=Memory(), help="Size of the engine's files.")
+@output_options
+def profile_import(
+    files: tuple[Path, ...],
+    device: str,
+    output: Path,
+    checkpoint: Path | None,
+    config: Path | None,
+    shape: str | None,
+    peak_memory: float | None,
+    artifact_size: float | None,
+    as_json: bool,
+    quiet: bool,
+    **told: Any,
+) -> None:
+    """Add what was measured elsewhere to the latency table of a device.
+
+    A report of the device test says all of it; of other benchmarks' files the options from --checkpoint on say what
+    the file does not.
+
+    \b
+    amoeba profile import report.json --device orin-nx -o orin-nx.json
+    """
+    from amoeba_deploy import console
+    from amoeba_deploy.families import read_architecture
+    from amoeba_deploy.model_folder import read_config
+    from amoeba_deploy.profiles.device import load_device
+    from amoeba_deploy.profiles.imported import import_measurements
+    from amoeba_deploy.profiles.told import Told
+    from amoeba_deploy.shape import Shape
+
+    if checkpoint is not None and config is not None:
+        raise BadInput("--checkpoint and --config both name the model; give one of them")
+    architecture = read_architecture(read_config(config)) if config else None
+    known = Told(
+        architecture=open_named(checkpoint).architecture if checkpoint else architecture,
+        shape=None if shape is None else Shape.parse(shape),
+        peak_memory_bytes=None if peak_memory is None else int(peak_memory),
+        artifact_bytes=None if artifact_size is None else int(artifact_size),
+        **told,
+    )
+    table = import_measurements(files, load_device(device).name, known, output)
+    value = {"path": str(output), "rows": len(table.rows)}
+    emit(value, as_json, lambda: console.print_table(table, output))
