@@ -234,26 +234,6 @@ def print_evaluation(results: Mapping[str, Mapping[str, Any]]) -> None:
             )
 
 
-def print_table(table: Table, file: Path) -> None:
-    """All rows of a latency table."""
-    rows = [
-        [
-            f"{row.flow} {row.precision} {row.shape}",
-            f"{row.prompt}",
-            f"{row.ttft_ms:.2f}",
-            f"{row.tpot_ms:.3f}",
-            f"{row.p10:.3f}",
-            f"{row.p90:.3f}",
-            str(row.repeats),
-            amount(row.peak_memory_bytes),
-            amount(row.artifact_bytes),
-        ]
-        for row in table.rows
-    ]
-    columns(rows, ["measured", "prompt", "TTFT ms", "TPOT ms", "p10", "p90", "repeats", "peak memory", "artefact"])
-    click.echo(str(file))
-
-
 def print_device_test(table: Table, file: Path) -> None:
     """What came out of each item of a device test, and its latencies."""
     measured = {(row.precision, row.depth, str(row.shape)): row for row in table.rows}

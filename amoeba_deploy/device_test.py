@@ -16,15 +16,16 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, field
+from dataclasses import asdict, dataclass, field
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from amoeba_deploy.backends import load_backend
-from amoeba_deploy.backends.backend import Backend, check_precision, options_for, require_toolchain
+from amoeba_deploy.backends.backend import Backend, check_precision, chosen_settings, options_for, require_toolchain
 from amoeba_deploy.bundle import ENGINE, finish_bundle, open_engine, read_manifest, run_selftest, run_step
 from amoeba_deploy.checkpoint import Checkpoint, create_checkpoint, open_checkpoint
 from amoeba_deploy.errors import AmoebaError, BadInput, ToolchainMissing, VerificationFailed
@@ -34,9 +35,9 @@ from amoeba_deploy.lowering import extract_for
 from amoeba_deploy.model_folder import ModelFolder
 from amoeba_deploy.profiles.device import LOCAL
 from amoeba_deploy.profiles.machine import own_chips
-from amoeba_deploy.profiles.measure import measure, peak_memory
+from amoeba_deploy.profiles.measure import Subject, measure, peak_memory
 from amoeba_deploy.profiles.profiler import empty_table, steps_of
-from amoeba_deploy.profiles.table import Row, Table, make_row
+from amoeba_deploy.profiles.table import Row, Table, measured_row
 from amoeba_deploy.profiles.workload import Workload
 from amoeba_deploy.progress import Progress
 from amoeba_deploy.selection import BlockScores, DepthChoice, Selection, write_selection
@@ -263,12 +264,15 @@ def _go_through(item: Item, work: Path, found: dict[str, Any]) -> None:
     found["stage"] = "measure"
     vocabulary, artefact = checkpoint.architecture.vocabulary, bundle / ENGINE
     with phases.phase("measure"):
-        timing = measure([open_engine(bundle, manifest)], vocabulary, item.workload, item.repeats)[0]
+        subject = Subject(partial(open_engine, bundle, manifest))
+        timing = measure([subject], vocabulary, item.workload, item.repeats)[0]
     found["stage"] = "memory"
     with phases.phase("memory"):
-        memory = peak_memory(item.flow, item.precision, artefact, vocabulary, item.workload, item.context)
+        peak = peak_memory(item.flow, item.precision, artefact, vocabulary, item.workload, item.context)
     size = folder_bytes(artefact)
-    row = make_row(item.flow, item.precision, item.shape, item.workload, astuple(timing), (memory, size))
+    names = item.flow, item.precision, item.shape
+    settings = chosen_settings(backend, options)
+    row = measured_row(*names, item.workload, timing, peak, size, context=item.context, settings=settings)
     found |= {"stage": "done", "row": asdict(row)}
 
 

@@ -298,6 +298,11 @@ def options_for(
     return BuildOptions(context, batch, chip, found)
 
 
+def chosen_settings(backend: Backend, options: BuildOptions) -> dict[str, str]:
+    """The settings of an engine's own that are not at their defaults."""
+    return {name: value for name, value in options.settings.items() if value != backend.settings[name].default}
+
+
 def require_legal(backend: Backend, model: ModelFolder, precision: str, options: BuildOptions) -> None:
     """What ``lower`` asks first: raises BadInput where a backend refuses a model, ToolchainMissing where it cannot."""
     backend.takes.check_precision(precision)

@@ -3,30 +3,52 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from amoeba_deploy.commands.common import WithSubcommands, emit, open_named
 from amoeba_deploy.errors import BadInput
-from amoeba_deploy.options import Memory, Seconds, checkpoint_argument, comma_list, output_options, workload_options
+from amoeba_deploy.options import (
+    Memory,
+    Seconds,
+    Setting,
+    checkpoint_argument,
+    comma_list,
+    output_options,
+    workload_options,
+)
 from amoeba_deploy.progress import Progress
+
+if TYPE_CHECKING:
+    from amoeba_deploy.profiles.bench_words import Form
 
 
 @click.command(cls=WithSubcommands)
 @checkpoint_argument
-@click.option("--flow", help="Flows, separated by commas.  [default: every one installed]")
+@click.option("--flow", help="Flows, separated by commas.  [default: those that the device 'local' lists]")
 @click.option("--precision", help="Precisions, separated by commas.  [default: all of each flow]")
 @click.option(
     "--device", default="local", show_default=True, help="What to call this machine in a table written by -o."
 )
-@click.option("--shapes", default="grid", show_default=True, help="corners, grid, or shapes separated by commas.")
-@click.option("--repeats", type=click.IntRange(3), default=9, show_default=True, help="Runs of each engine.")
-@click.option("--budget", type=Seconds(), default="5m", show_default=True, help="Time after which no repeat begins.")
+@click.option(
+    "--shapes", default="spread", show_default=True, help="spread (a dozen), corners, grid, or shapes with commas."
+)
+@click.option("--repeats", type=click.IntRange(3), help="Runs of each engine.  [default: until medians are precise]")
+@click.option("--budget", type=Seconds(), default="5m", show_default=True, help="Time after which no run begins.")
+@click.option(
+    "--set", "settings", type=Setting(), multiple=True, metavar="NAME=VALUE", help="A setting of the engine's own."
+)
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Table to write.  [default: this machine's cache]"
 )
 @click.option("--force", is_flag=True, help="Replace an existing output.")
+@click.option(
+    "--as",
+    "form",
+    type=click.Choice(["md", "csv", "json", "jsonl"]),
+    help="Print what was measured in llama-bench's words.",
+)
 @workload_options
 @output_options
 def profile(
@@ -35,10 +57,12 @@ def profile(
     precision: str | None,
     device: str,
     shapes: str,
-    repeats: int,
+    repeats: int | None,
     budget: float,
+    settings: tuple[tuple[str, str], ...],
     output: Path | None,
     force: bool,
+    form: Form | None,
     batch: int,
     prompt: int,
     tokens: int,
@@ -46,18 +70,19 @@ def profile(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Measure latencies of some shapes on this machine; search interpolates the rest.
+    """Measure latencies of some shapes on this machine; the table predicts the rest.
 
     \b
     amoeba profile --flow onnx --precision fp32,int4
     """
-    from amoeba_deploy import console
+    from amoeba_deploy.profiles import report
     from amoeba_deploy.profiles.local import profile_to
     from amoeba_deploy.profiles.workload import Workload
 
-    opened = open_named(checkpoint)
-    table, file = profile_to(
-        opened,
+    if as_json and form is not None:
+        raise BadInput("--json and --as both say how to print; give one of them")
+    done = profile_to(
+        open_named(checkpoint),
         comma_list(flow),
         comma_list(precision),
         shapes,
@@ -65,13 +90,16 @@ def profile(
         context,
         repeats=repeats,
         budget=budget,
+        settings=dict(settings),
         device=device,
         output=output,
         force=force,
         progress=Progress(quiet),
     )
-    value = {"path": str(file), "rows": len(table.rows)}
-    emit(value, as_json, lambda: console.print_table(table, file))
+    if form is not None:
+        click.echo(done.bench_text(form), nl=False)
+    else:
+        emit(report.profiled_json(done), as_json, lambda: report.print_profiled(done))
 
 
 @profile.command("import")
@@ -112,11 +140,11 @@ def profile_import(
     \b
     amoeba profile import report.json --device orin-nx -o orin-nx.json
     """
-    from amoeba_deploy import console
     from amoeba_deploy.families import read_architecture
     from amoeba_deploy.model_folder import read_config
     from amoeba_deploy.profiles.device import load_device
     from amoeba_deploy.profiles.imported import import_measurements
+    from amoeba_deploy.profiles.report import print_table
     from amoeba_deploy.profiles.told import Told
     from amoeba_deploy.shape import Shape
 
@@ -132,4 +160,4 @@ def profile_import(
     )
     table = import_measurements(files, load_device(device).name, known, output)
     value = {"path": str(output), "rows": len(table.rows)}
-    emit(value, as_json, lambda: console.print_table(table, output))
+    emit(value, as_json, lambda: print_table(table, output))

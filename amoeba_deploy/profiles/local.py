@@ -3,30 +3,74 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from amoeba_deploy.architecture import Architecture
 from amoeba_deploy.backends import load_backend
-from amoeba_deploy.backends.backend import require_toolchain
+from amoeba_deploy.backends.backend import options_for, require_toolchain
 from amoeba_deploy.checkpoint import Checkpoint
 from amoeba_deploy.errors import BadInput
 from amoeba_deploy.files import check_new_file
+from amoeba_deploy.profiles.bench_words import Form, bench_text
 from amoeba_deploy.profiles.device import load_device
+from amoeba_deploy.profiles.latency_model import LatencyModel
 from amoeba_deploy.profiles.profiler import (
     BUDGET_SECONDS,
     LOCAL,
-    REPEATS,
-    corner_shapes,
-    default_shapes,
+    Pair,
     local_table,
     local_table_file,
     profile,
     refusal_of,
+    steps_of,
 )
-from amoeba_deploy.profiles.table import Table, write_table
+from amoeba_deploy.profiles.spread import corner_shapes, grid_shapes, spread_shapes
+from amoeba_deploy.profiles.table import Row, Table, write_table
 from amoeba_deploy.profiles.workload import Workload
 from amoeba_deploy.progress import Progress
 from amoeba_deploy.shape import Shape
+
+RULES: Mapping[str, Callable[[Sequence[Shape]], list[Shape]]] = {
+    "spread": spread_shapes,
+    "corners": corner_shapes,
+    "grid": grid_shapes,
+}
+"""How to choose shapes to measure, by name."""
+
+
+@dataclass(frozen=True)
+class Profiled:
+    """What was measured: the whole table that it went into, that table's file, and the engines and workload."""
+
+    checkpoint: Checkpoint
+    table: Table
+    file: Path
+    rows: tuple[Row, ...]
+    """Those of this time."""
+    pairs: tuple[Pair, ...]
+    workload: Workload
+    context: int
+    settings: Mapping[str, str]
+
+    def _sizes(self, flow: str, precision: str) -> Callable[[Shape], Architecture]:
+        steps = steps_of(self.checkpoint, load_backend(flow), precision)
+        return lambda shape: self.checkpoint.sized(shape, steps)
+
+    def models(self) -> dict[str, LatencyModel]:
+        """How all other shapes are predicted, by flow and precision."""
+        own = self.table.selected(self.context, self.settings)
+        return {
+            f"{flow} {precision}": own.model(self._sizes(flow, precision), flow, precision, self.workload)
+            for flow, precision in self.pairs
+        }
+
+    def bench_text(self, form: Form) -> str:
+        """The rows of this time in llama-bench's words."""
+        sizes = {row.key: self._sizes(row.flow, row.precision)(row.shape) for row in self.rows}
+        return bench_text(self.table, self.rows, sizes, form)
 
 
 def ready_combinations(flows: Sequence[str], precisions: Sequence[str]) -> list[tuple[str, str]]:
@@ -50,14 +94,19 @@ def ready_combinations(flows: Sequence[str], precisions: Sequence[str]) -> list[
     return pairs
 
 
-def shapes_named(checkpoint: Checkpoint, text: str) -> list[Shape]:
-    """The shapes of ``--shapes``: ``corners``, ``grid``, or a list."""
-    if text in ("corners", "grid"):
-        return corner_shapes(checkpoint) if text == "corners" else default_shapes(checkpoint)
-    shapes = [Shape.parse(part) for part in text.split(",")]
-    for shape in shapes:
+def shapes_named(checkpoint: Checkpoint, text: str, flow: str, precision: str) -> list[Shape]:
+    """The shapes of ``--shapes``: those that a rule chooses of all that an engine takes, or a list.
+
+    Shapes of a list that are the same subnet for the engine are measured once.
+    """
+    steps = steps_of(checkpoint, load_backend(flow), precision)
+    if text in RULES:
+        return RULES[text](checkpoint.shapes(steps))
+    distinct: dict[Architecture, Shape] = {}
+    for shape in (Shape.parse(part) for part in text.split(",")):
         checkpoint.plan(shape)
-    return shapes
+        distinct.setdefault(checkpoint.sized(shape, steps), shape)
+    return list(distinct.values())
 
 
 def profile_to(
@@ -68,13 +117,14 @@ def profile_to(
     workload: Workload,
     context: int | None,
     *,
-    repeats: int = REPEATS,
+    repeats: int | None = None,
     budget: float = BUDGET_SECONDS,
+    settings: Mapping[str, str] | None = None,
     output: Path | None = None,
     device: str = LOCAL,
     force: bool = False,
     progress: Progress,
-) -> tuple[Table, Path]:
+) -> Profiled:
     """Measure, and write a table file: ``output``, or this machine's table in the cache with the new rows added.
 
     ``device`` names this machine in a table that is written for others to use, by its name or its device file; the
@@ -89,58 +139,86 @@ def profile_to(
     checkpoint.require_whole_blocks()
     checkpoint.require_scores()
     pairs = ready_combinations(flows, precisions)
+    if settings and len({flow for flow, _ in pairs}) > 1:
+        raise BadInput("--set is of one engine, and several flows would be measured; name one with --flow")
     positions = workload.context_for(checkpoint.architecture.context, context)
-    wanted = shapes_named(checkpoint, shapes)
+    wanted: Mapping[Pair, Sequence[Shape]] = {pair: shapes_named(checkpoint, shapes, *pair) for pair in pairs}
     if not precisions:
-        pairs = _without_refused(checkpoint, pairs, wanted, positions, workload.batch, progress)
+        wanted = _without_refused(checkpoint, wanted, positions, workload.batch, settings, progress)
     table = profile(
-        checkpoint, pairs, wanted, workload, positions, repeats=repeats, budget=budget, device=device, progress=progress
+        checkpoint,
+        wanted,
+        workload,
+        positions,
+        repeats=repeats,
+        budget=budget,
+        device=device,
+        settings=settings,
+        progress=progress,
     )
-    if output is not None:
+    rows, file = table.rows, output or local_table_file(checkpoint)
+    if output is None:
+        table = remember(checkpoint, table)
+    else:
         write_table(output, table, force)
-        return table, output
+    pairs = list(wanted)
+    chosen = dict(rows[0].settings)
+    return Profiled(checkpoint, table, file, rows, tuple(pairs), workload, positions, chosen)
+
+
+def remember(checkpoint: Checkpoint, table: Table) -> Table:
+    """Add what was measured to this machine's table in the cache; returns the whole of it."""
     known = local_table(checkpoint)
-    together = known.merged(table.rows) if known else table
-    file = local_table_file(checkpoint)
-    write_table(file, together, force=True)
-    return together, file
+    if known is not None:
+        facts = table.facts | {"runs": [*known.facts.get("runs", []), *table.facts.get("runs", [])]}
+        table = replace(known, facts=facts).merged(table.rows)
+    write_table(local_table_file(checkpoint), table, force=True)
+    return table
 
 
 def _without_refused(
     checkpoint: Checkpoint,
-    pairs: Sequence[tuple[str, str]],
-    shapes: Sequence[Shape],
+    wanted: Mapping[Pair, Sequence[Shape]],
     context: int,
     batch: int,
+    settings: Mapping[str, str] | None,
     progress: Progress,
-) -> list[tuple[str, str]]:
-    """The pairs that can be measured here, where nobody named the others; those are said.
+) -> dict[Pair, Sequence[Shape]]:
+    """What can be measured here, where nobody named the precisions; the others are said.
 
     Raises:
-        BadInput: none can.
+        BadInput: nothing can.
     """
-    kept = []
-    for flow, precision in pairs:
-        refused = refusal_of(checkpoint, flow, precision, shapes, context, batch)
+    kept = {}
+    for (flow, precision), shapes in wanted.items():
+        options = options_for(load_backend(flow), context, batch, settings=settings)
+        refused = refusal_of(checkpoint, flow, precision, shapes, options)
         if refused:
             progress.say(f"left out {flow} {precision}: it refuses {refused}")
         else:
-            kept.append((flow, precision))
+            kept[flow, precision] = shapes
     if not kept:
-        flows = ", ".join(dict.fromkeys(flow for flow, _ in pairs))
+        flows = ", ".join(dict.fromkeys(flow for flow, _ in wanted))
         raise BadInput(f"no precision of {flows} can be measured here; the reasons stand above")
     return kept
 
 
 def table_with(
-    checkpoint: Checkpoint, pairs: Sequence[tuple[str, str]], workload: Workload, context: int, progress: Progress
+    checkpoint: Checkpoint,
+    pairs: Sequence[Pair],
+    workload: Workload,
+    context: int,
+    progress: Progress,
+    settings: Mapping[str, str] | None = None,
 ) -> Table:
     """This machine's table with rows for all pairs under a workload; what is missing is measured now."""
     table = local_table(checkpoint)
-    missing = [pair for pair in pairs if table is None or pair not in table.flows(workload)]
+    known = table.selected(context, settings or {}).flows(workload) if table else set()
+    missing = [pair for pair in pairs if pair not in known]
     for flow, group in itertools.groupby(missing, key=lambda pair: pair[0]):
         precisions = [precision for _, precision in group]
         progress.say(f"profiling {flow} {', '.join(precisions)} on this machine (first use; remembered afterwards)")
-        table, _ = profile_to(checkpoint, [flow], precisions, "grid", workload, context, progress=progress)
+        about: dict[str, Any] = {"settings": settings, "progress": progress}
+        table = profile_to(checkpoint, [flow], precisions, "spread", workload, context, **about).table
     assert table is not None, "a request names at least one flow"
     return table

@@ -1,69 +1,67 @@
 """The profiler: builds engines of some shapes on this machine, measures them in turn, and fills a latency table.
 
-A few shapes are measured (by default the corners and middles of depth and width); the table interpolates the rest.
-Tables of this machine are kept in the cache folder, one for each machine and model architecture.
+A few shapes are measured (by default the corners and as many between them as make a dozen); the table predicts the
+rest. Tables of this machine are kept in the cache folder, one for each machine and model architecture.
 """
 
 from __future__ import annotations
 
 import datetime
+import random
+import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from amoeba_deploy import __version__
 from amoeba_deploy.backends import load_backend
-from amoeba_deploy.backends.backend import Backend, Engine, check_precision, options_for
+from amoeba_deploy.backends.backend import (
+    Backend,
+    BuildOptions,
+    check_precision,
+    chosen_settings,
+    options_for,
+)
 from amoeba_deploy.checkpoint import Checkpoint
 from amoeba_deploy.errors import AmoebaError, BadInput
 from amoeba_deploy.files import cache_folder, folder_bytes
 from amoeba_deploy.lowering import lower_plan
 from amoeba_deploy.plan import Steps
-from amoeba_deploy.profiles.machine import fingerprint, machine_facts, threads
-from amoeba_deploy.profiles.measure import Timing, measure, peak_memory
-from amoeba_deploy.profiles.table import Row, Table, make_row, read_table
+from amoeba_deploy.profiles.machine import conditions, fingerprint, machine_facts, threads
+from amoeba_deploy.profiles.measure import Subject, measure, peak_memory
+from amoeba_deploy.profiles.table import Row, Table, measured_row, read_table
 from amoeba_deploy.profiles.workload import Workload
 from amoeba_deploy.progress import Progress
 from amoeba_deploy.shape import Shape
 
 LOCAL = "local"
-REPEATS = 9
 BUDGET_SECONDS = 300.0
+ROOM_SHARE = 0.5
+"""Of the free memory, what engines that are open together may take; and of the free disk, what artefacts may."""
+OPEN_SHARE = 1.5
+"""What an open engine takes of memory for each byte of its artefact: some engines pack weights anew."""
+
+
+Pair = tuple[str, str]
+"""A flow and a precision."""
 
 
 @dataclass(frozen=True)
-class Built:
-    """One engine under measurement."""
+class Item:
+    """One engine to measure."""
 
     flow: str
     precision: str
     shape: Shape
-    folder: Path
-    engine: Engine
+    options: BuildOptions
 
-
-def _ends_and_middle(values: Sequence[Any]) -> list[Any]:
-    return list(dict.fromkeys((values[0], values[len(values) // 2], values[-1])))
-
-
-def default_shapes(checkpoint: Checkpoint) -> list[Shape]:
-    """Largest, middle and smallest depth, each at the widest, middle and narrowest width."""
-    shapes = checkpoint.shapes()
-    depths = sorted({shape.depth for shape in shapes}, reverse=True)
-    widths = sorted({shape.width for shape in shapes}, reverse=True)
-    return [Shape(depth, width) for depth in _ends_and_middle(depths) for width in _ends_and_middle(widths)]
-
-
-def corner_shapes(checkpoint: Checkpoint) -> list[Shape]:
-    """Largest and smallest depth at the widest and the narrowest width."""
-    shapes = checkpoint.shapes()
-    depths, widths = {shape.depth for shape in shapes}, {shape.width for shape in shapes}
-    corners = [(d, w) for d in (max(depths), min(depths)) for w in (max(widths), min(widths))]
-    return [Shape(*corner) for corner in dict.fromkeys(corners)]
+    def __str__(self) -> str:
+        return f"{self.flow} {self.precision} {self.shape}"
 
 
 def local_table_file(checkpoint: Checkpoint) -> Path:
@@ -72,12 +70,21 @@ def local_table_file(checkpoint: Checkpoint) -> Path:
 
 
 def local_table(checkpoint: Checkpoint) -> Table | None:
-    """This machine's cached table, unless there is none or an engine has changed its version since."""
+    """This machine's cached rows of engines that have not changed their versions since, or None."""
     file = local_table_file(checkpoint)
     if not file.exists():
         return None
     table = read_table(file)
-    return table if table.facts.get("engines") == engine_versions() else None
+    known, now = table.facts.get("engines", {}), engine_versions()
+    if known.get("amoeba-deploy") != now["amoeba-deploy"]:
+        return None
+
+    def unchanged(flow: str) -> bool:
+        with suppress(AmoebaError):
+            return all(known.get(name) == now[name] for name in load_backend(flow).toolchain().versions)
+        return False
+
+    return replace(table, rows=tuple(row for row in table.rows if unchanged(row.flow)))
 
 
 def engine_versions() -> dict[str, str]:
@@ -103,35 +110,16 @@ def empty_table(checkpoint: Checkpoint, context: int, device: str = LOCAL) -> Ta
     return Table(device, checkpoint.architecture.digest, facts, ())
 
 
-def _build(
-    checkpoint: Checkpoint, flow: str, precision: str, shape: Shape, context: int, batch: int, folder: Path
-) -> Built:
-    backend = load_backend(flow)
-    artefact, work = folder / "engine", folder / "dense"
-    artefact.mkdir(parents=True)
-    work.mkdir()
-    plan = checkpoint.plan(shape, steps_of(checkpoint, backend, precision))
-    lower_plan(checkpoint, plan, backend, precision, options_for(backend, context, batch), artefact, work)
-    return Built(flow, precision, shape, artefact, backend.open(artefact, precision, context=context, batch=batch))
-
-
 def steps_of(checkpoint: Checkpoint, backend: Backend, precision: str) -> Steps:
     """The numbers of heads and neurons of a checkpoint's subnets that an engine takes."""
     return backend.takes.steps(checkpoint.architecture, checkpoint.multiple, precision, checkpoint.bias)
 
 
-def _row(built: Built, timing: Timing, vocabulary: int, workload: Workload, context: int) -> Row:
-    memory = peak_memory(built.flow, built.precision, built.folder, vocabulary, workload, context)
-    size = folder_bytes(built.folder)
-    return make_row(built.flow, built.precision, built.shape, workload, astuple(timing), (memory, size))
-
-
 def refusal_of(
-    checkpoint: Checkpoint, flow: str, precision: str, shapes: Sequence[Shape], context: int, batch: int
+    checkpoint: Checkpoint, flow: str, precision: str, shapes: Sequence[Shape], options: BuildOptions
 ) -> str | None:
     """The first of the shapes that cannot be measured here in a flow and precision, with the reason, or None."""
     backend = load_backend(flow)
-    options = options_for(backend, context, batch)
     for shape in shapes:
         sizes = checkpoint.sized(shape, steps_of(checkpoint, backend, precision))
         refused = backend.refusal(sizes, precision, options) or backend.cannot_run(precision, options)
@@ -142,53 +130,133 @@ def refusal_of(
 
 def profile(
     checkpoint: Checkpoint,
-    combinations: Sequence[tuple[str, str]],
-    shapes: Sequence[Shape],
+    wanted: Mapping[Pair, Sequence[Shape]],
     workload: Workload,
     context: int,
     *,
-    repeats: int = REPEATS,
+    repeats: int | None = None,
     budget: float = BUDGET_SECONDS,
     device: str = LOCAL,
+    settings: Mapping[str, str] | None = None,
     progress: Progress,
 ) -> Table:
     """Measure shapes on this machine.
 
     Args:
         checkpoint: what the engines are built from.
-        combinations: (flow, precision) pairs.
-        shapes: the shapes to measure in each of them.
+        wanted: the shapes to measure in each flow and precision.
         workload: batch, prompt and tokens.
         context: positions that the engines provide for.
-        repeats: runs of each engine after its warm-up.
+        repeats: runs of each engine after its warm-up; as many as its medians need where left out.
+        budget: seconds after which no further run begins; a few are always done.
         device: the name that the table gives this machine.
-        budget: seconds after which no further repeat begins; three are always done.
+        settings: of the engines' own, where a single flow is measured.
         progress: told of every build and run.
 
     Raises:
-        BadInput: a flow has no such precision, or refuses a shape.
+        BadInput: a flow has no such precision or setting, or refuses a shape.
     """
-    for flow, precision in combinations:
-        check_precision(load_backend(flow), precision)
-        refused = refusal_of(checkpoint, flow, precision, shapes, context, workload.batch)
+    items = []
+    for (flow, precision), shapes in wanted.items():
+        backend = load_backend(flow)
+        check_precision(backend, precision)
+        options = options_for(backend, context, workload.batch, settings=settings)
+        refused = refusal_of(checkpoint, flow, precision, shapes, options)
         if refused:
             raise BadInput(f"the flow '{flow}' refuses {refused}")
-    table = empty_table(checkpoint, context, device)
+        items += [Item(flow, precision, shape, options) for shape in shapes]
+    began, before, table = time.perf_counter(), conditions(), empty_table(checkpoint, context, device)
+    rows: list[Row] = []
+    random.Random(0).shuffle(items)  # so that batches differ in nothing but their turn
+    for batch in _batches(checkpoint, items):
+        done = len(rows)
+        deadline = began + budget * (done + len(batch)) / len(items)
+        rows += _measured(checkpoint, batch, workload, repeats, deadline, progress)
+    run = {
+        "date": table.facts["date"],
+        "engines": [f"{flow} {precision}" for flow, precision in wanted],
+        "rows": len(rows),
+        "seconds": round(time.perf_counter() - began, 1),
+        "budget_seconds": budget,
+        "before": before,
+        "after": conditions(),
+    }
+    return replace(table, facts=table.facts | {"runs": [run]}).merged(rows)
+
+
+def _batches(checkpoint: Checkpoint, items: Sequence[Item]) -> list[list[Item]]:
+    """The items in groups whose artefacts lie on the disk together; one at least is in each."""
+    room = ROOM_SHARE * shutil.disk_usage(tempfile.gettempdir()).free
+    batches: list[list[Item]] = []
+    taken = room
+    for item in items:
+        storage = load_backend(item.flow).storage(item.precision)
+        # While it is built, its dense subnet lies beside it.
+        need = 3 * storage.weight_bytes(checkpoint.sized(item.shape))
+        if taken + need > room:
+            batches.append([])
+            taken = 0.0
+        batches[-1].append(item)
+        taken += need
+    return batches
+
+
+def _measured(
+    checkpoint: Checkpoint,
+    items: Sequence[Item],
+    workload: Workload,
+    repeats: int | None,
+    deadline: float,
+    progress: Progress,
+) -> list[Row]:
+    """Build, weigh and measure engines together."""
+    import psutil
+
     vocabulary = checkpoint.architecture.vocabulary
-    deadline = time.perf_counter() + budget
     with tempfile.TemporaryDirectory(prefix="amoeba-profile-") as work:
-        wanted = [(flow, precision, shape) for flow, precision in combinations for shape in shapes]
-        with progress.bar("build", len(wanted)) as step:
-            built = []
-            for number, (flow, precision, shape) in enumerate(wanted):
-                folder = Path(work) / str(number)
-                built.append(_build(checkpoint, flow, precision, shape, context, workload.batch, folder))
-                step()
-        with progress.bar("measure", len(built) * repeats) as step:
-            timings = measure([b.engine for b in built], vocabulary, workload, repeats, deadline, step)
-        with progress.bar("memory", len(built)) as step:
-            rows = []
-            for one, timing in zip(built, timings, strict=True):
-                rows.append(_row(one, timing, vocabulary, workload, context))
-                step()
-    return table.merged(rows)
+        folders = [Path(work) / str(number) for number in range(len(items))]
+        progress.say(f"building {len(items)} engines: {_named(items)}")
+        with progress.bar("build", len(items)) as step:
+            for item, folder in zip(items, folders, strict=True):
+                _build(checkpoint, item, folder)
+                step(str(item))
+        with progress.bar("memory", len(items)) as step:
+            peaks = []
+            for item, folder in zip(items, folders, strict=True):
+                engine = item.flow, item.precision, folder
+                peaks.append(peak_memory(*engine, vocabulary, workload, item.options.context))
+                step(str(item))
+        left = max(deadline - time.perf_counter(), 0)
+        progress.say(f"measuring {len(items)} engines in turn, for {left:.0f} s at most if that is enough")
+        sizes = [folder_bytes(folder) for folder in folders]
+        subjects = [
+            Subject(partial(_open, item, folder), round(OPEN_SHARE * size))
+            for item, folder, size in zip(items, folders, sizes, strict=True)
+        ]
+        room = ROOM_SHARE * psutil.virtual_memory().available
+        with progress.bar("measure", len(items)) as step:
+            timings = measure(subjects, vocabulary, workload, repeats, deadline, step, room=room)
+    rows = []
+    for item, timing, peak, size in zip(items, timings, peaks, sizes, strict=True):
+        settings = chosen_settings(load_backend(item.flow), item.options)
+        names = item.flow, item.precision, item.shape
+        context = item.options.context
+        rows.append(measured_row(*names, workload, timing, peak, size, context=context, settings=settings))
+    return rows
+
+
+def _named(items: Sequence[Item]) -> str:
+    return ", ".join(sorted({f"{item.flow} {item.precision}" for item in items}))
+
+
+def _build(checkpoint: Checkpoint, item: Item, artefact: Path) -> None:
+    backend = load_backend(item.flow)
+    artefact.mkdir()
+    plan = checkpoint.plan(item.shape, steps_of(checkpoint, backend, item.precision))
+    with tempfile.TemporaryDirectory(prefix="amoeba-dense-") as dense:
+        lower_plan(checkpoint, plan, backend, item.precision, item.options, artefact, Path(dense))
+
+
+def _open(item: Item, artefact: Path) -> Any:
+    options = item.options
+    return load_backend(item.flow).open(artefact, item.precision, context=options.context, batch=options.batch)

@@ -1,14 +1,14 @@
 """Latency tables: what was measured of one model architecture on one device, in one JSON file.
 
-A row holds one shape of one flow and precision under one workload. A shape without a row is interpolated from those
-of its flow, precision and workload: linear in the parameters of a block at each measured depth, then linear in depth.
+A row holds one shape of one flow and precision under one workload. Shapes without a row are predicted from those of
+their flow, precision and workload (``latency_model``).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from typing import Any
 from amoeba_deploy.architecture import Architecture
 from amoeba_deploy.errors import BadInput, LatencyUnknown
 from amoeba_deploy.files import read_json, whole_file, write_json
-from amoeba_deploy.interpolation import over_shapes
+from amoeba_deploy.profiles.latency_model import LatencyModel
+from amoeba_deploy.profiles.measure import Measurement, Peak
 from amoeba_deploy.profiles.prediction import Prediction
 from amoeba_deploy.profiles.workload import Workload
 from amoeba_deploy.shape import Shape, parse_width, width_to_json
@@ -52,6 +53,11 @@ class Row:
     """Whether the machine was too noisy for a confident median."""
     stopped: str | None = None
     """Why no further repeat was made: ``confident``, ``budget`` or ``repeats``."""
+    prompt_rate: float | None = None
+    """Tokens a second of the prompt, the mean over repeats, and below it the standard deviation; so for output."""
+    prompt_rate_sd: float | None = None
+    token_rate: float | None = None
+    token_rate_sd: float | None = None
     gpu_memory_bytes: int | None = None
     energy_per_token_j: float | None = None
     """Joules a generated token, of the GPU alone."""
@@ -85,8 +91,9 @@ def make_row(
     workload: Workload,
     times: tuple[float, float, float, float, int],
     sizes: tuple[int, int],
+    **more: Any,
 ) -> Row:
-    """A row from (ttft, tpot, p10, p90, repeats) and (peak memory, artefact bytes)."""
+    """A row from (ttft, tpot, p10, p90, repeats), (peak memory, artefact bytes) and any of the other entries."""
     *milliseconds, repeats = times
     ttft, tpot, low, high = (round(value, 4) for value in milliseconds)
     return Row(
@@ -104,6 +111,40 @@ def make_row(
         high,
         repeats,
         *sizes,
+        **more,
+    )
+
+
+def measured_row(
+    flow: str,
+    precision: str,
+    shape: Shape,
+    workload: Workload,
+    timing: Measurement,
+    peak: Peak,
+    artifact_bytes: int,
+    *,
+    context: int | None = None,
+    settings: Mapping[str, str] | None = None,
+) -> Row:
+    """The row of what was measured here; ``settings`` are those of the engine's own that are not at their defaults."""
+    kept = ("ttft_p10", "ttft_p90", "ttft_error", "tpot_error", "prompt_rate", "prompt_rate_sd", "token_rate")
+    rounded = {name: round(getattr(timing, name), 4) for name in (*kept, "token_rate_sd")}
+    energy = None if timing.energy_per_token_j is None else round(timing.energy_per_token_j, 6)
+    return make_row(
+        flow,
+        precision,
+        shape,
+        workload,
+        (timing.ttft_ms, timing.tpot_ms, timing.p10, timing.p90, timing.repeats),
+        (peak.memory_bytes, artifact_bytes),
+        **rounded,
+        noisy=timing.noisy,
+        stopped=timing.stopped,
+        gpu_memory_bytes=peak.gpu_memory_bytes,
+        energy_per_token_j=energy,
+        context=context,
+        settings=dict(settings or {}),
     )
 
 
@@ -120,16 +161,24 @@ class Table:
         """The flows and precisions that have rows for a workload."""
         return {(row.flow, row.precision) for row in self.rows if row.workload == workload}
 
+    def selected(self, context: int, settings: Mapping[str, str]) -> Table:
+        """The rows of engines that provide for ``context`` positions, or for nobody knows how many, with ``settings``.
+
+        ``settings`` are those that are not at their defaults.
+        """
+        rows = (r for r in self.rows if r.context in (None, context) and dict(r.settings) == dict(settings))
+        return replace(self, rows=tuple(rows))
+
     def merged(self, rows: Iterable[Row]) -> Table:
         """The table with further rows; a newer row replaces the one of the same shape, flow, precision, workload."""
         together = {row.key: row for row in (*self.rows, *rows)}
         order = sorted(together, key=lambda k: (*k[:2], -k[2], -float(Fraction(str(k[3]))), *k[4:]))
         return Table(self.device, self.architecture_digest, self.facts, tuple(together[k] for k in order))
 
-    def predictor(
+    def model(
         self, sizes_of: Callable[[Shape], Architecture], flow: str, precision: str, workload: Workload
-    ) -> Callable[[Shape], Prediction]:
-        """The function that gives each shape its latency: measured where there is a row, else interpolated.
+    ) -> LatencyModel:
+        """What the rows of a flow, precision and workload say of every shape.
 
         ``sizes_of`` gives a shape its subnet's sizes; shapes of equal sizes share a row.
 
@@ -142,25 +191,14 @@ class Table:
                 f"the table of '{self.device}' has nothing measured for {flow} in {precision} at --batch "
                 f"{workload.batch} --prompt {workload.prompt} --tokens {workload.tokens}; run 'amoeba profile'"
             )
-        measured = {sizes_of(row.shape): row for row in rows}
-        columns: dict[str, dict[int, list[tuple[float, float]]]] = {
-            "ttft_ms": {},
-            "tpot_ms": {},
-            "peak_memory_bytes": {},
-        }
-        for sizes, row in sorted(measured.items(), key=lambda item: item[0].block_parameters):
-            for name, points in columns.items():
-                points.setdefault(row.depth, []).append((float(sizes.block_parameters), float(getattr(row, name))))
+        return LatencyModel.fit(rows, sizes_of)
 
-        def predict(shape: Shape) -> Prediction:
-            sizes = sizes_of(shape)
-            row = measured.get(sizes)
-            if row is not None:
-                return Prediction(row.tpot_ms, row.ttft_ms, row.peak_memory_bytes, "measured")
-            value = {n: over_shapes(points, shape.depth, sizes.block_parameters) for n, points in columns.items()}
-            return Prediction(value["tpot_ms"], value["ttft_ms"], int(value["peak_memory_bytes"]), "interpolated")
-
-        return predict
+    def predictor(
+        self, sizes_of: Callable[[Shape], Architecture], flow: str, precision: str, workload: Workload
+    ) -> Callable[[Shape], Prediction]:
+        """The function that gives each shape its latency by ``model``; raises LatencyUnknown as that does."""
+        model = self.model(sizes_of, flow, precision, workload)
+        return lambda shape: model(sizes_of(shape))
 
 
 def write_table(file: Path, table: Table, force: bool = False) -> None:

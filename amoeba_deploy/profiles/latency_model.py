@@ -1,0 +1,77 @@
+"""What a table's rows of one engine under one workload say of every shape: latency, memory and size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import TYPE_CHECKING
+
+from amoeba_deploy.architecture import Architecture
+from amoeba_deploy.profiles.curve import Curve
+from amoeba_deploy.profiles.prediction import Interval, Prediction
+from amoeba_deploy.shape import Shape
+
+if TYPE_CHECKING:
+    from amoeba_deploy.profiles.table import Row
+
+
+@dataclass(frozen=True)
+class LatencyModel:
+    """Predictions for the subnets of one model in one flow, precision and workload; times in milliseconds."""
+
+    rows: dict[Architecture, Row]
+    """What was measured, by the sizes of the subnet."""
+    tpot: Curve
+    ttft: Curve
+    memory: Curve
+    artifact: Curve
+
+    @classmethod
+    def fit(cls, rows: Sequence[Row], sizes_of: Callable[[Shape], Architecture]) -> LatencyModel:
+        """Fit to at least one row; ``sizes_of`` gives a shape its subnet's sizes, of which equal ones share a row."""
+        measured = {sizes_of(row.shape): row for row in rows}
+
+        def curve(name: str, error: float = 0.0) -> Curve:
+            return Curve([(sizes, max(float(getattr(row, name)), 1e-9)) for sizes, row in measured.items()], error)
+
+        errors = {name: [getattr(row, name) or 0.0 for row in rows] for name in ("tpot_error", "ttft_error")}
+        return cls(
+            measured,
+            curve("tpot_ms", median(errors["tpot_error"])),
+            curve("ttft_ms", median(errors["ttft_error"])),
+            curve("peak_memory_bytes"),
+            curve("artifact_bytes"),
+        )
+
+    def __call__(self, sizes: Architecture) -> Prediction:
+        """What is known of a subnet: measured, interpolated between measured ones, or carried on beyond them.
+
+        What is carried on is called ``estimated``: nothing near it was measured.
+        """
+        row = self.rows.get(sizes)
+        if row is not None:
+            return _measured(row)
+        return Prediction(
+            self.tpot(sizes),
+            self.ttft(sizes),
+            round(self.memory(sizes)),
+            "interpolated" if self.tpot.inside(sizes) else "estimated",
+            self.tpot.interval(sizes),
+            self.ttft.interval(sizes),
+            self.artifact(sizes),
+        )
+
+
+def _measured(row: Row) -> Prediction:
+    tpot = _interval(row.tpot_ms, row.tpot_error, row.p10, row.p90)
+    ttft = _interval(row.ttft_ms, row.ttft_error, row.ttft_p10, row.ttft_p90)
+    memory, size = row.peak_memory_bytes, row.artifact_bytes
+    return Prediction(row.tpot_ms, row.ttft_ms, memory, "measured", tpot, ttft, size)
+
+
+def _interval(value: float, error: float | None, low: float | None, high: float | None) -> Interval | None:
+    """The wider of a median's confidence interval and the spread of what was measured."""
+    if error is None or low is None or high is None:
+        return None
+    return min(low, value * (1 - error)), max(high, value * (1 + error))
