@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,21 +50,51 @@ def read_config(path: Path) -> dict[str, Any]:
     return read_json_object(path / "config.json" if path.is_dir() else path)
 
 
+def resolve_config(name: str) -> Path:
+    """The file of a config: its own path, that of a folder with a ``config.json``, or a hub id.
+
+    Of the hub's model nothing but its config is downloaded.
+
+    Raises:
+        BadInput: there is no such file or folder, and the hub gives none of that name.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return path / "config.json"
+    if path.is_file() or not _is_hub_id(name):
+        return path
+    from huggingface_hub import hf_hub_download
+
+    with _hub_answers(name):
+        return Path(hf_hub_download(name, "config.json"))
+
+
+def _is_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith(".json")
+
+
+@contextmanager
+def _hub_answers(name: str) -> Iterator[None]:
+    """The block asks the hub for a model; raises BadInput where it does not get it."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        yield
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise BadInput(f"{name}: is no folder here, and the hub did not give it ({reason})") from None
+
+
 def resolve_model(name: str) -> Path:
     """The local folder of a model: a path as it is, or a hub id's snapshot, downloaded where it is not cached."""
     if Path(name).is_dir():
         return Path(name)
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if not _is_hub_id(name):
         raise BadInput(f"{name}: is neither a folder nor a hub id such as org/model")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    try:
-        found = snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise BadInput(f"{name}: is no folder here, and the hub did not give it ({reason})") from None
-    return Path(found)
+    with _hub_answers(name):
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
 
 
 class ModelFolder:
@@ -96,16 +128,20 @@ class ModelFolder:
             sizes = block.of(sizes)
         return {name: tuple(sizes.extent(axis) for axis in tensor) for name, tensor in axes.items()}
 
-    def check_shapes(self) -> None:
-        """Raise BadInput where a tensor is missing or is not of the shape that the config implies."""
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of all tensors that the config implies."""
         sizes = self.architecture
-        wanted: dict[str, tuple[int, ...]] = {
+        found: dict[str, tuple[int, ...]] = {
             name: (sizes.hidden,) if "norm" in name else (sizes.vocabulary, sizes.hidden)
             for name in self.family.other_tensors(sizes)
         }
         for index in range(sizes.depth):
-            wanted |= {f"model.layers.{index}.{name}": shape for name, shape in self.block_shapes(index).items()}
-        for name, shape in wanted.items():
+            found |= {f"model.layers.{index}.{name}": shape for name, shape in self.block_shapes(index).items()}
+        return found
+
+    def check_shapes(self) -> None:
+        """Raise BadInput where a tensor is missing or is not of the shape that the config implies."""
+        for name, shape in self.tensor_shapes().items():
             found = self.tensors.info(name)
             if found.shape != shape:
                 raise BadInput(

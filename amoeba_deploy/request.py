@@ -22,21 +22,19 @@ from amoeba_deploy.families import read_architecture
 from amoeba_deploy.files import sha256_of
 from amoeba_deploy.model_folder import read_config
 from amoeba_deploy.options import comma_list
-from amoeba_deploy.plan import NEURON_MULTIPLE, BlockPlan, Plan, Steps, sized, subnet_widths
+from amoeba_deploy.plan import NEURON_MULTIPLE, BlockPlan, Plan, Steps, sized
 from amoeba_deploy.profiles.device import LOCAL, load_device
 from amoeba_deploy.profiles.local import table_with
 from amoeba_deploy.profiles.prediction import Metric, Prediction
 from amoeba_deploy.profiles.profiler import local_table_file
+from amoeba_deploy.profiles.source import config_shapes
 from amoeba_deploy.profiles.table import Table, read_table
 from amoeba_deploy.profiles.workload import Workload
 from amoeba_deploy.progress import Progress
 from amoeba_deploy.quality import Quality
 from amoeba_deploy.search import Budget, Candidate, SearchResult, SubnetSizes, prediction_to_json, quality_to_json
 from amoeba_deploy.shape import Shape, format_width
-from amoeba_deploy.stage1.pipeline import default_minimum_depth
 from amoeba_deploy.target import Choices, Target, resolve_target, search_target
-
-CONFIG_MINIMUM_WIDTH = Fraction(1, 2)
 
 
 @dataclass(frozen=True)
@@ -53,10 +51,7 @@ class Space:
         """All distinct subnets that keep only so many heads and neurons, by their shortest names."""
         if self.checkpoint is not None:
             return self.checkpoint.shapes(steps)
-        full = self.architecture.depth
-        depths = range(full, default_minimum_depth(full) - 1, -1)
-        widths = subnet_widths(self.architecture, CONFIG_MINIMUM_WIDTH, steps)
-        return [Shape(depth, width) for depth in depths for width in widths]
+        return config_shapes(self.architecture, steps)
 
     def sized(self, shape: Shape, steps: Steps) -> SubnetSizes:
         """The sizes of a shape's subnet."""

@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Union
 
 import numpy as np
 from numpy.typing import NDArray
@@ -249,6 +249,10 @@ class TensorFolder:
             self._open[info.file] = OpenFile(info.file)
         return self._open[info.file]
 
+    def whole(self, info: TensorInfo) -> Iterable[Part]:
+        """A tensor's bytes as they lie there."""
+        yield Span(self.file(info), info.offset, info.length)
+
     def float32(self, name: str) -> NDArray[np.float32]:
         """A tensor as float32 numbers."""
         return as_float32(self.raw(name), self.info(name).dtype)
@@ -263,7 +267,7 @@ class Span:
     length: int
 
 
-Part = Array | Span
+Part = Union[Array, Span]  # noqa: UP007 - kits import this under Python 3.9
 """Consecutive values of a tensor: an array, which may change once it was written, or bytes of a file."""
 
 

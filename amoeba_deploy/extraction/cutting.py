@@ -24,7 +24,6 @@ from amoeba_deploy.tensors import (
     NUMPY_OF,
     Array,
     Part,
-    Span,
     TensorFolder,
     TensorInfo,
     TensorSource,
@@ -138,7 +137,7 @@ def cut_source(
     def parts() -> Iterator[Part]:
         added = change()
         if added is None and info.dtype == dtype and not any(cuts):
-            yield Span(tensors.file(info), info.offset, info.length)
+            yield from tensors.whole(info)
             return
         yield from _cut_parts(tensors, info, cuts, dtype, added)
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Union
 
 from amoeba_deploy.architecture import Architecture, Dim, positive, rope_from_config
 from amoeba_deploy.errors import BadInput
 
-Axis = Dim | tuple[Dim, ...]
+Axis = Union[Dim, tuple[Dim, ...]]  # noqa: UP007 - kits import this under Python 3.9
 """What an axis counts; several dims where matrices are fused, one behind the other."""
 
 Axes = tuple[Axis, ...]
