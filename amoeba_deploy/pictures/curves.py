@@ -116,7 +116,7 @@ def _panel(alt: Any, axis: Axis, title: str, curves: Sequence[Curve], names: Seq
         for curve in curves
         for point in curve.points
     ]
-    least = min(row["share"] for row in rows)
+    least = min(significant(point.share, 4) for curve in curves for point in curve.points)
     percent = alt.Axis(format="%")
     ends = alt.Scale(zero=False, nice=False, padding=10)
     x = alt.X("share:Q", title=_AXES[axis], scale=ends, axis=percent)
