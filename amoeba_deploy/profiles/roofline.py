@@ -2,8 +2,9 @@
 
 A decoding step reads every weight of the blocks and the head once, so its time is bytes over bandwidth; a prefill
 multiplies each weight with every token of the prompt, so its time is operations over the compute rate, or again bytes
-over bandwidth where the prompt is short. Beside that stands what the engine spends on each block and each step. That
-is the whole model: it has no terms to fit, ranks shapes well, and is no substitute for ``amoeba profile``.
+over bandwidth where the prompt is short. Beside that stands what the engine spends on each block and each step. These
+are the ``Terms``; by what factors the truth may differ from them is told by ``factors``, and learnt from tables by
+``calibration``. An estimate ranks shapes well, and is no substitute for ``amoeba profile``.
 
 A search asks for thousands of estimates, so all is plain arithmetic.
 """
@@ -12,11 +13,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from amoeba_deploy.architecture import Architecture
 from amoeba_deploy.errors import LatencyUnknown
 from amoeba_deploy.precision import StorageFormat
 from amoeba_deploy.profiles.device import Device, Figure
+from amoeba_deploy.profiles.factors import UNCALIBRATED, Factors
 from amoeba_deploy.profiles.prediction import Prediction
 from amoeba_deploy.profiles.workload import Workload
 
@@ -31,6 +34,50 @@ QUANTISED_BITS = 16
 """Weights of fewer bits are quantised: unpacking them keeps decoding further from the peak bandwidth."""
 
 
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What an estimate adds up, in milliseconds, as the device's file has it."""
+
+    reading: float
+    """Weights and the cache at the middle of the generated tokens, over the bandwidth that is reached."""
+    prompt_reading: float
+    """Weights and the cache at the end of the prompt, over the same."""
+    computing: float
+    """The prompt's operations over the compute rate that is reached."""
+    blocks: float
+    """The overhead of all blocks."""
+    fixed: float
+    """The overhead of a step."""
+    floor: float
+    """The time to read weights and cache at the whole peak bandwidth; 0 where caches of the chip may hold them."""
+
+
+def terms(
+    architecture: Architecture,
+    storage: StorageFormat,
+    device: Device,
+    flow: str,
+    precision: str,
+    workload: Workload,
+    parts: Sequence[Architecture] = (),
+) -> Terms:
+    """The terms of an estimate; arguments and errors as in ``estimate``."""
+    preference = device.preference(flow)
+    parts = parts or (architecture,)
+    weights = sum(part.depth * storage.block_bytes(part) for part in parts) + storage.head_bytes(architecture)
+    quantised = is_quantised(storage)
+    middle = weights + _cache_bytes(parts, storage, workload.prompt + workload.tokens / 2, workload.batch)
+    prompt = weights + _cache_bytes(parts, storage, workload.prompt, workload.batch)
+    return Terms(
+        _reading_ms(middle, quantised, device),
+        _reading_ms(prompt, quantised, device),
+        _computing_ms(prefill_flops(architecture, workload, parts), precision, device),
+        sum(part.depth for part in parts) * preference.block_overhead.base,
+        preference.fixed_overhead.base,
+        1e3 * middle / _known(device.bandwidth, "memory bandwidth", device) if middle >= SMALL_BYTES else 0.0,
+    )
+
+
 def estimate(
     architecture: Architecture,
     storage: StorageFormat,
@@ -40,6 +87,7 @@ def estimate(
     workload: Workload,
     context: int,
     parts: Sequence[Architecture] = (),
+    factors: Factors = UNCALIBRATED,
 ) -> Prediction:
     """TPOT, TTFT and memory of a model on a device, from the device's figures.
 
@@ -54,27 +102,33 @@ def estimate(
     with overheads = depth x block overhead + fixed overhead of the flow, and
     FLOPs = 2 x (block and head matrix parameters) x batch x prompt + 2 x depth x heads x head_dim x batch x prompt x
     (prompt + 1), the latter for causal attention. fp32 computes at the device's fp32 rate, or half its fp16 rate where
-    none is given; every other precision at the fp16 rate.
+    none is given; every other precision at the fp16 rate. Each term is multiplied by its factor, which is one where
+    nothing was learnt from measurements; the intervals are those of ``factors``.
 
     Raises:
         LatencyUnknown: the device's bandwidth or compute rate is not known, or it does not list the flow.
     """
-    preference = device.preference(flow)
-    parts = parts or (architecture,)
-    depth = sum(part.depth for part in parts)
-    overhead = depth * preference.block_overhead.base + preference.fixed_overhead.base
-    weights = sum(part.depth * storage.block_bytes(part) for part in parts) + storage.head_bytes(architecture)
-    quantised = storage.matrix_bits < QUANTISED_BITS
-    middle = _cache_bytes(parts, storage, workload.prompt + workload.tokens / 2, workload.batch)
-    prompt = _cache_bytes(parts, storage, workload.prompt, workload.batch)
-    flops = prefill_flops(architecture, workload, parts)
-    reading = _reading_ms(weights + prompt, quantised, device)
+    found = terms(architecture, storage, device, flow, precision, workload, parts)
+    decode, prefill = factors.decode, factors.prefill
+    reading, computing = decode.values[0] * found.prompt_reading, prefill.values[0] * found.computing
+    bound_by_reading = reading > computing
+    first = factors.short_prefill if bound_by_reading else prefill
+    first_work = found.prompt_reading if bound_by_reading else found.computing
+    tpot, tpot_interval = decode.time(found.reading, found.blocks, found.fixed, found.floor)
+    ttft, ttft_interval = first.time(first_work, found.blocks, found.fixed)
     return Prediction(
-        tpot_ms=_reading_ms(weights + middle, quantised, device) + overhead,
-        ttft_ms=max(_computing_ms(flops, precision, device), reading) + overhead,
+        tpot_ms=tpot,
+        ttft_ms=ttft,
         memory_bytes=memory_bytes(architecture, storage, workload, context, parts),
         source="estimated",
+        tpot_interval=tpot_interval,
+        ttft_interval=ttft_interval,
     )
+
+
+def is_quantised(storage: StorageFormat) -> bool:
+    """The class of a precision: whether its weights have fewer bits than ``QUANTISED_BITS``."""
+    return storage.matrix_bits < QUANTISED_BITS
 
 
 def _cache_bytes(parts: Sequence[Architecture], storage: StorageFormat, positions: float, batch: int) -> float:
