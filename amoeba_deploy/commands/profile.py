@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     type=click.Choice(["md", "csv", "json", "jsonl"]),
     help="Print what was measured in llama-bench's words.",
 )
+@click.option("--config", help="Measure a model's shapes by its config, folder or hub id alone, with random weights.")
 @workload_options
 @output_options
 def profile(
@@ -63,6 +64,7 @@ def profile(
     output: Path | None,
     force: bool,
     form: Form | None,
+    config: str | None,
     batch: int,
     prompt: int,
     tokens: int,
@@ -75,14 +77,23 @@ def profile(
     \b
     amoeba profile --flow onnx --precision fp32,int4
     """
+    from amoeba_deploy.model_folder import resolve_config
     from amoeba_deploy.profiles import report
     from amoeba_deploy.profiles.local import profile_to
+    from amoeba_deploy.profiles.source import CheckpointSource, ConfigSource, Source
     from amoeba_deploy.profiles.workload import Workload
 
     if as_json and form is not None:
         raise BadInput("--json and --as both say how to print; give one of them")
+    if checkpoint is not None and config is not None:
+        raise BadInput("a checkpoint and --config both say what is profiled; give one of them")
+    source: Source
+    if config is None:
+        source = CheckpointSource(open_named(checkpoint))
+    else:
+        source = ConfigSource.of(resolve_config(config), config)
     done = profile_to(
-        open_named(checkpoint),
+        source,
         comma_list(flow),
         comma_list(precision),
         shapes,

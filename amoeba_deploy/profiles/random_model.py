@@ -68,7 +68,7 @@ class RandomTensors(TensorFolder):
 
     def raw(self, name: str) -> Array:
         info = self.info(name)
-        found = np.empty(info.shape, NUMPY_OF[info.dtype])
+        found: Array = np.empty(info.shape, NUMPY_OF[info.dtype])
         self.file(info).read_into(found, info.offset)
         return found
 
