@@ -171,7 +171,7 @@ def profile(
     for batch in _batches(source, items):
         done = len(rows)
         deadline = began + budget * (done + len(batch)) / len(items)
-        rows += _measured(source, batch, workload, repeats, deadline, progress)
+        rows += measured_rows(source, batch, workload, repeats, deadline, progress)
     run = {
         "date": table.facts["date"],
         "engines": [f"{flow} {precision}" for flow, precision in wanted],
@@ -201,7 +201,7 @@ def _batches(source: Source, items: Sequence[Item]) -> list[list[Item]]:
     return batches
 
 
-def _measured(
+def measured_rows(
     source: Source,
     items: Sequence[Item],
     workload: Workload,
@@ -209,7 +209,7 @@ def _measured(
     deadline: float,
     progress: Progress,
 ) -> list[Row]:
-    """Build, weigh and measure engines together."""
+    """Build, weigh and measure engines together; one row for each, in their order."""
     import psutil
 
     vocabulary = source.architecture.vocabulary
