@@ -114,9 +114,9 @@ def _print_levels(answer: Answer) -> None:
         said = "none fits" if best is None else f"best {best.shape} {best.flow} {best.precision}, {_quality_text(best)}"
         click.echo(f"  level {number}: {level.asked} shapes asked for, {said}")
     if answer.levels and answer.gap:
-        click.echo(f"  a shape that was not asked for could be better by {answer.gap:.4f} at most")
-    elif answer.levels:
-        click.echo("  no shape that was not asked for can be better, where latency and size grow with shapes")
+        click.echo(f"  a shape that was not measured could be better by {answer.gap:.4f} at most")
+    elif answer.levels and answer.gap is not None:
+        click.echo("  no shape that was not measured can be better, where latency and size grow with shapes")
 
 
 def _print_measured(answer: Answer) -> None:

@@ -57,6 +57,17 @@ def require_budget(asked: Mapping[str, Any], shape: str | None) -> None:
         )
 
 
+def require_measurable(space: Space) -> None:
+    """Raise BadInput where the shapes of a space cannot be measured one by one."""
+    if space.checkpoint is None:
+        raise BadInput("--measure builds engines, and a config has no weights; give a checkpoint")
+    if space.checkpoint.policy != "uniform":
+        raise BadInput(
+            f"{space.checkpoint.path}: its policy is {space.checkpoint.policy}, and latency tables hold uniform shapes;"
+            f" leave --measure out"
+        )
+
+
 def _budget(asked: Mapping[str, Any], device: Device, quality: Quality | None) -> Budget:
     """The limits that were asked for; a device's visible memory is always one."""
     if asked.get("max_loss") is not None and quality is None:
@@ -175,13 +186,13 @@ class Request:
         )
         found: list[Candidate] = []
         levels: list[Level] = []
-        gap = 0.0
+        gap = 0.0 if self.measure else None
         for one in entrants:
             if self.method == HIERARCHICAL and self.shape is None:
                 descent = hierarchical(one.shapes, self._judge(one), self.budget, self.target.workload, self._say)
                 found += descent.asked
                 levels += descent.levels
-                gap = max(gap, descent.gap)
+                gap = None if gap is None else max(gap, descent.gap)
             else:
                 found += one.candidates(self.table)
             remarks += [remark for remark in [one.estimates_for(self.table)] if remark]
@@ -282,8 +293,8 @@ class Answer:
     remarks: tuple[str, ...]
     levels: tuple[Level, ...] = ()
     """Of a hierarchical search."""
-    gap: float = 0.0
-    """By how much a shape that a hierarchical search did not ask for could be better at most."""
+    gap: float | None = None
+    """By how much a shape that was not measured could be better at most, where a hierarchical search measured."""
     measured: tuple[MeasuredQuality, ...] = ()
     """The shapes that were evaluated for real, best first."""
 
@@ -322,12 +333,12 @@ class Answer:
             "quality": quality_to_json(best.quality),
         }
 
-    def to_json(self) -> dict[str, Any]:
-        """The object that ``search --json`` prints."""
+    def to_json(self, top: int = 5) -> dict[str, Any]:
+        """The object that ``search --json`` prints, with the best ``top`` shapes."""
         facts, request = self.facts(), self.request
         if self.best.quality.metric == "loss":
             facts["quality"] |= {"held_out": self.held_out}
-        descent = {"levels": [level.to_json() for level in self.levels], "gap": round(self.gap, 6)}
+        descent = {"levels": [level.to_json() for level in self.levels], "gap": None if self.gap is None else round(self.gap, 6)}
         return facts | {
             "method": request.method,
             **(descent if self.levels else {}),
@@ -335,7 +346,7 @@ class Answer:
             "binding": self.result.binding,
             "considered": self.result.considered,
             "remarks": list(self.remarks),
-            "top": [candidate.to_json() for candidate in self.result.ranked[:5]],
+            "top": [candidate.to_json() for candidate in self.result.ranked[:top]],
             "front": list(self.result.axes),
             "pareto": [candidate.to_json() for candidate in self.result.front],
         }

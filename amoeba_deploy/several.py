@@ -76,10 +76,10 @@ class SeveralAnswers:
         shared = best_for_all(singles)
         return cls(tuple(answers), shared, None if shared else why_none(singles))
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self, top: int = 5) -> dict[str, Any]:
         """The object that ``search --json`` prints for several devices."""
         return {
-            "devices": [answer.to_json() for answer in self.answers],
+            "devices": [answer.to_json(top) for answer in self.answers],
             "best_for_all": None if self.shared is None else self.shared.to_json(),
             "why_none_for_all": self.why_none,
         }

@@ -57,13 +57,15 @@ def search(
     """
     from amoeba_deploy import answer_text
     from amoeba_deploy.measured_quality import TOP, QualityCheck, with_measured_quality
-    from amoeba_deploy.request import Answer, Request
+    from amoeba_deploy.request import Answer, Request, require_measurable
     from amoeba_deploy.several import SeveralAnswers, asked_of_each, of_device
     from amoeba_deploy.space import Space
 
     each = asked_of_each(asked)
-    space = Space.of_config(config) if config else Space.of_checkpoint(open_named(checkpoint))
     _check_methods(asked, [one["device"] for one in each])
+    space = Space.of_config(config) if config else Space.of_checkpoint(open_named(checkpoint))
+    if asked["measure"]:
+        require_measurable(space)
     if quality_text is not None and not measure_quality:
         raise BadInput("--quality-text is the text of --measure-quality; give both")
     check = QualityCheck.of(space.checkpoint, quality_text, any_text) if measure_quality else None
@@ -76,11 +78,12 @@ def search(
             if len(each) == 1:
                 raise
             raise of_device(one["device"], error) from None
+    shown = top or SHOWN
     if len(answers) == 1:
-        emit(answers[0].to_json(), as_json, lambda: answer_text.print_search(answers[0], top or SHOWN))
+        emit(answers[0].to_json(shown), as_json, lambda: answer_text.print_search(answers[0], shown))
         return
     several = SeveralAnswers.of(answers)
-    emit(several.to_json(), as_json, lambda: answer_text.print_several(several, top or SHOWN))
+    emit(several.to_json(shown), as_json, lambda: answer_text.print_several(several, shown))
 
 
 def _check_methods(asked: dict[str, Any], devices: list[str]) -> None:
