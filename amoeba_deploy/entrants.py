@@ -10,8 +10,9 @@ from amoeba_deploy import families
 from amoeba_deploy.architecture import Architecture
 from amoeba_deploy.backends import load_backend
 from amoeba_deploy.errors import BadInput, LatencyUnknown
+from amoeba_deploy.profiles.calibration import Estimator, estimator
 from amoeba_deploy.profiles.prediction import Prediction
-from amoeba_deploy.profiles.roofline import estimate
+from amoeba_deploy.profiles.shipped import all_shipped
 from amoeba_deploy.profiles.table import Table
 from amoeba_deploy.quality import Quality
 from amoeba_deploy.search import Candidate, SubnetSizes, candidates
@@ -103,14 +104,33 @@ class Entrants:
         )
 
     def estimates_for(self, table: Table | None) -> str | None:
-        """A remark where there is a table, and latencies are estimated all the same; None otherwise."""
+        """A remark where latencies are not what one would expect: estimated beside a table, or calibrated."""
         target = self.target
-        if table is None or target.rows(table, self.flow, self.precision).rows:
+        if table is not None and target.rows(table, self.flow, self.precision).rows:
             return None
+        estimates = self._estimator(table)
+        if table is None:
+            return estimates.remark if estimates.rows else None
         workload = target.workload
         asked = f"batch {workload.batch}, prompt {workload.prompt}, tokens {workload.tokens}"
         own = "".join(f", {name}={value}" for name, value in target.own_settings(self.flow).items())
-        return f"the table has no row of {self.flow} {self.precision} for {asked}{own}: its latencies are estimated"
+        return f"the table has no row of {self.flow} {self.precision} for {asked}{own}: {estimates.remark}"
+
+    def _estimator(self, table: Table | None) -> Estimator:
+        """What estimates latencies, calibrated by the table's other rows and by the tables that ship with us."""
+        storage, target = load_backend(self.flow).storage(self.precision), self.target
+        tables = [*([] if table is None else [table]), *(shipped for _, shipped in all_shipped())]
+        return estimator(
+            target.device,
+            self.flow,
+            self.precision,
+            storage,
+            target.workload,
+            target.context,
+            tables,
+            architecture=self.architecture,
+            settings=target.own_settings(self.flow),
+        )
 
     def _predictor(self, table: Table | None) -> Callable[[Shape], Prediction]:
         """Where latencies come from: the table where it has rows for them, else an estimate."""
@@ -126,15 +146,8 @@ class Entrants:
                     f"the table of '{table.device}' has nothing measured for {flow} in {precision} as it is asked for "
                     f"here; run '{target.measure_command(flow, precision)}' there"
                 )
-        storage = load_backend(flow).storage(precision)
-
-        def estimated(shape: Shape) -> Prediction:
-            sizes = self.built_sizes(shape)
-            return estimate(
-                sizes.padded, storage, target.device, flow, precision, target.workload, target.context, sizes.parts
-            )
-
-        return estimated
+        estimates = self._estimator(table)
+        return lambda shape: estimates(self.built_sizes(shape))
 
 
 def _built_sizes(sizes_of: Callable[[Shape], SubnetSizes], ragged: bool, shape: Shape) -> SubnetSizes:

@@ -21,6 +21,8 @@ from amoeba_deploy.shape import Shape
 from amoeba_deploy.target import Target
 
 SPREAD = "spread"
+FIRST_USE_SECONDS = 60.0
+"""After which no further run begins where a search has to measure first; ``amoeba profile`` takes its time."""
 
 
 def searched_table(source: Source, target: Target, progress: Progress) -> Table:
@@ -106,4 +108,4 @@ def _profile(
             what = "" if shapes == SPREAD else f" {shapes} in"
             progress.say(f"profiling{what} {named} on this machine (first use; remembered afterwards)")
         how = target.workload, target.context
-        profile_to(source, [flow], precisions, shapes, *how, settings=own, progress=progress)
+        profile_to(source, [flow], precisions, shapes, *how, budget=FIRST_USE_SECONDS, settings=own, progress=progress)

@@ -31,6 +31,7 @@ from amoeba_deploy.errors import AmoebaError, BadInput
 from amoeba_deploy.files import cache_folder, folder_bytes
 from amoeba_deploy.profiles.machine import conditions, fingerprint, machine_facts, threads
 from amoeba_deploy.profiles.measure import Subject, measure, peak_memory
+from amoeba_deploy.profiles.sizes import SIZES, sizes_to_json
 from amoeba_deploy.profiles.source import Source
 from amoeba_deploy.profiles.table import Row, Table, measured_row, read_table
 from amoeba_deploy.profiles.workload import Workload
@@ -113,6 +114,7 @@ def empty_table(source: Modelled, context: int, device: str = LOCAL) -> Table:
         "tool": f"amoeba-deploy {__version__}",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "context": context,
+        SIZES: sizes_to_json(source.architecture),
     }
     return Table(device, source.architecture.digest, facts, ())
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
-from amoeba_deploy.profiles.table import read_table
+from amoeba_deploy.profiles.table import Table, read_table
 
 FOLDER = Path(__file__).parent / "tables"
 
 
+@cache
+def all_shipped() -> tuple[tuple[Path, Table], ...]:
+    """Every table that ships with the package, with its file, sorted by name."""
+    return tuple((file, read_table(file)) for file in sorted(FOLDER.glob("*.json")))
+
+
 def shipped_tables(device: str, architecture_digest: str) -> tuple[Path, ...]:
     """The files that were measured on a device with a model architecture, sorted by name."""
-    files = sorted(FOLDER.glob("*.json"))
-    tables = {file: read_table(file) for file in files}
     return tuple(
         file
-        for file, table in tables.items()
+        for file, table in all_shipped()
         if (table.device, table.architecture_digest) == (device, architecture_digest)
     )
