@@ -19,8 +19,11 @@ from amoeba_deploy.errors import AmoebaError, BadInput
 
 def sha256_of(file: Path) -> str:
     """The sha256 of a file's bytes, in hex."""
+    digest = hashlib.sha256()
     with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        while part := stream.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def folder_bytes(folder: Path) -> int:
@@ -65,7 +68,7 @@ def read_json(path: Path, form: str) -> dict[str, Any]:
     return value
 
 
-WRITTEN_BY_US = ("manifest.json", "subnet.json", "amoeba.json", "selection.json")
+WRITTEN_BY_US = ("manifest.json", "subnet.json", "amoeba.json", "selection.json", "kit.json")
 """One of these lies in every folder that Amoeba writes; ``--force`` replaces no other folder that holds anything."""
 
 

@@ -11,7 +11,6 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +174,8 @@ class Steps:
 
     def edges(self, architecture: Architecture) -> set[Fraction]:
         """The widths at which what is kept may change."""
-        halves = {Fraction(a + b, 2 * architecture.kv_heads) for a, b in pairwise(self.groups)}
+        neighbours = zip(self.groups, self.groups[1:])  # noqa: B905 - kits import this under Python 3.9
+        halves = {Fraction(a + b, 2 * architecture.kv_heads) for a, b in neighbours}
         steps = range(architecture.neurons // self.multiple + 2)
         return halves | {Fraction(2 * step + 1, 2) * self.multiple / architecture.neurons for step in steps}
 

@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import pairwise
 from typing import Literal
 
 from amoeba_deploy.errors import BadInput
@@ -131,7 +130,7 @@ def distinct_widths(kept: Kept, edges: Iterable[Fraction], minimum: Fraction) ->
     borders = sorted(edge for edge in {minimum, Fraction(1), *edges} if minimum <= edge <= 1)
     whole = kept(Fraction(1))
     named: dict[tuple[int, ...], Fraction] = {whole: Fraction(1)}
-    for low, high in pairwise(borders):
+    for low, high in zip(borders, borders[1:]):  # noqa: B905, RUF007 - for kits' Python 3.9
         numbers = kept(low)
         if numbers not in named:
             named[numbers] = _shortest_decimal(low, high, Fraction(numbers[-1], whole[-1]))

@@ -251,6 +251,14 @@ class Backend(ABC):
             ToolchainMissing: it cannot run here.
         """
 
+    def bench(self, precision: str, options: BuildOptions, prompt: int, tokens: int) -> tuple[Command, ...]:
+        """Commands of the engine's own tools that measure an artefact; none where it has no such tools, or needs none.
+
+        They are for a folder in which the artefact is ``engine``, and the last leaves ``../report.json``, in a form
+        that ``amoeba profile import`` reads.
+        """
+        return ()
+
     def open_exact(self, artefact: Path, precision: str) -> Engine | None:
         """The same graph and weights with all activations in float32; None where ``open`` already computes so.
 

@@ -26,6 +26,24 @@ def open_named(path: Path | None) -> Any:
     return open_checkpoint(path or configured_checkpoint())
 
 
+def source_named(checkpoint: Path | None, config: str | None) -> Any:
+    """What to profile: the checkpoint of ``open_named``, or a config by its path, its folder or a hub id.
+
+    Raises:
+        BadInput: both are given, or one cannot be read.
+    """
+    from amoeba_deploy.errors import BadInput
+    from amoeba_deploy.profiles.source import CheckpointSource, ConfigSource
+
+    if config is None:
+        return CheckpointSource(open_named(checkpoint))
+    if checkpoint is not None:
+        raise BadInput("a checkpoint and --config both name the model; give one of them")
+    from amoeba_deploy.model_folder import resolve_config
+
+    return ConfigSource.of(resolve_config(config), config)
+
+
 class WithSubcommands(click.Command):
     """A command beside which others stand under its name: a first argument that names one of them runs that one."""
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from amoeba_deploy.commands.common import WithSubcommands, emit, open_named
+from amoeba_deploy.commands.common import WithSubcommands, emit, open_named, source_named
 from amoeba_deploy.errors import BadInput
 from amoeba_deploy.options import (
     Memory,
@@ -145,8 +145,8 @@ def profile_import(
 ) -> None:
     """Add what was measured elsewhere to the latency table of a device.
 
-    A report of the device test says all of it; of other benchmarks' files the options from --checkpoint on say what
-    the file does not.
+    A report of the device test and the results of a kit (a folder) say all of it; of other benchmarks' files the
+    options from --checkpoint on say what the file does not.
 
     \b
     amoeba profile import report.json --device orin-nx -o orin-nx.json
@@ -155,6 +155,7 @@ def profile_import(
     from amoeba_deploy.model_folder import read_config
     from amoeba_deploy.profiles.device import load_device
     from amoeba_deploy.profiles.imported import import_measurements
+    from amoeba_deploy.profiles.kit_results import failed_items
     from amoeba_deploy.profiles.report import print_table
     from amoeba_deploy.profiles.told import Told
     from amoeba_deploy.shape import Shape
@@ -170,5 +171,103 @@ def profile_import(
         **told,
     )
     table = import_measurements(files, load_device(device).name, known, output)
+    for source in table.facts["imported"][-len(files) :]:
+        for said in failed_items(source):
+            Progress(quiet).say(said)
     value = {"path": str(output), "rows": len(table.rows)}
     emit(value, as_json, lambda: print_table(table, output))
+
+
+@profile.command("kit")
+@click.argument("subject", type=click.Path(path_type=Path), required=False, metavar="[CHECKPOINT|KIT]")
+@click.option("--config", help="A config.json, a model folder or a hub id: shapes of that model, with random weights.")
+@click.option("--device", help="What is to be measured: a name of 'amoeba devices', or the path of your own file.")
+@click.option("--flow", help="Flows, separated by commas.")
+@click.option("--precision", help="Precisions, separated by commas.  [default: the device's, or a flow's best]")
+@click.option(
+    "--shapes", default="spread", show_default=True, help="spread (a dozen), corners, grid, or shapes with commas."
+)
+@click.option("--budget", type=Seconds(), default="20m", show_default=True, help="Time after which no run begins.")
+@click.option(
+    "--set", "settings", type=Setting(), multiple=True, metavar="NAME=VALUE", help="A setting of the engine's own."
+)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("--force", is_flag=True, help="Replace an existing output.")
+@click.option("--on", "address", metavar="ssh://[USER@]HOST[:PORT][/DIR]", help="Run the kit there, fetch its results.")
+@click.option("--python", default="python3", show_default=True, help="The device's interpreter, with --on.")
+@workload_options
+@output_options
+def profile_kit(
+    subject: Path | None,
+    config: str | None,
+    device: str | None,
+    flow: str | None,
+    precision: str | None,
+    shapes: str,
+    budget: float,
+    settings: tuple[tuple[str, str], ...],
+    output: Path | None,
+    force: bool,
+    address: str | None,
+    python: str,
+    batch: int,
+    prompt: int,
+    tokens: int,
+    context: int | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Write a folder that measures on a device which cannot hold Amoeba, or run one over ssh.
+
+    \b
+    amoeba profile kit --device orin-nx --flow onnx -o kit
+    amoeba profile kit kit --on ssh://user@orin
+    """
+    from amoeba_deploy.files import check_target
+    from amoeba_deploy.profiles.device import load_device
+    from amoeba_deploy.profiles.kit.form import KIT, read_kit
+    from amoeba_deploy.profiles.kit.remote import Remote, measure_there
+    from amoeba_deploy.profiles.kit.writer import wanted_items, write_kit
+    from amoeba_deploy.profiles.workload import Workload
+
+    remote, progress = Remote.parse(address, python) if address else None, Progress(quiet)
+    if subject is not None and (subject / KIT).is_file():
+        if remote is None:
+            raise BadInput(
+                f"{subject}: is a kit; copy it to the device and start run.py there, or give --on ssh://HOST"
+            )
+        if any(given is not None for given in (config, device, flow, precision, output)):
+            raise BadInput(f"{subject}: is a kit, and holds its device and engines; leave the other options out")
+        folder, kit = subject, read_kit(subject)
+    else:
+        if device is None or flow is None or output is None:
+            raise BadInput("a kit needs --device, --flow and -o; give the one that is missing")
+        check_target(output, force)
+        if remote is not None:
+            remote.check()
+        source, measured, workload = source_named(subject, config), load_device(device), Workload(batch, prompt, tokens)
+        positions = workload.context_for(source.architecture.context, context)
+        asked = comma_list(flow), comma_list(precision), shapes
+        wanted = wanted_items(source, measured, *asked, workload, positions, dict(settings))
+        kit = write_kit(
+            source, measured, wanted, workload, positions, output, budget=budget, force=force, progress=progress
+        )
+        folder = output
+    value: dict[str, Any] = {"path": str(folder), "device": kit.device, "items": [item.id for item in kit.items]}
+    value |= {"bytes": sum(size for size, _ in kit.files.values())}
+    if remote is not None:
+        value |= {"results": str(measure_there(folder, kit, remote, progress))}
+    emit(value, as_json, lambda: _print_kit(value))
+
+
+def _print_kit(value: dict[str, Any]) -> None:
+    """What was written or measured, and what to do next."""
+    count, size, path = len(value["items"]), value["bytes"] / 1e6, value["path"]
+    click.echo(f"{path}: {count} engines for {value['device']}, {size:.0f} MB")
+    results = value.get("results")
+    if results is None:
+        click.echo(
+            f"copy it to the device, and there run: python3 run.py\nor: amoeba profile kit {path} --on ssh://HOST"
+        )
+    read = results or f"{path}/results"
+    click.echo(f"then: amoeba profile import {read} --device {value['device']} -o TABLE")

@@ -17,10 +17,12 @@ from amoeba_deploy import __version__
 from amoeba_deploy.errors import BadInput
 from amoeba_deploy.files import sha256_of
 from amoeba_deploy.profiles.foreign import READERS as FOREIGN
+from amoeba_deploy.profiles.kit.results import results_file
+from amoeba_deploy.profiles.kit_results import KitReader
 from amoeba_deploy.profiles.table import TABLE_FORMAT, Table, read_table, write_table
 from amoeba_deploy.profiles.told import Told
 
-_KEPT = ("machine", "engines", "context", "test", "device_facts", "items")
+_KEPT = ("machine", "engines", "context", "test", "device_facts", "items", "kit")
 
 
 class Reader(Protocol):
@@ -60,6 +62,7 @@ class TableReader:
 def readers() -> Iterator[Reader]:
     """Every reader, our own form's first."""
     yield TableReader()
+    yield KitReader()
     yield from FOREIGN
 
 
@@ -84,7 +87,7 @@ def import_measurements(files: Sequence[Path], device: str, told: Told, output: 
     one of the files is refused.
 
     Args:
-        files: what to read, older ones first.
+        files: what to read, older ones first; of a kit its folder, that of its results, or their file.
         device: the name that the table has or gets, whatever the files call the machine.
         told: what the files do not say.
         output: the table's file.
@@ -95,8 +98,11 @@ def import_measurements(files: Sequence[Path], device: str, told: Told, output: 
     table = read_table(output) if output.exists() else None
     if table is not None and table.device != device:
         raise BadInput(f"{output}: is the table of '{table.device}', not of '{device}'; choose another output")
-    for file in files:
+    for file in map(results_file, files):
         found, form = read_measurements(file, told)
+        measured_on = found.facts.get("kit", {}).get("device", device)
+        if measured_on != device:
+            raise BadInput(f"{file}: is of a kit for '{measured_on}', not for '{device}'; name that device")
         if not found.rows:
             raise BadInput(f"{file}: holds no measurement, so there is nothing to import; see its items for why")
         twice = [key for key, count in Counter(row.key for row in found.rows).items() if count > 1]

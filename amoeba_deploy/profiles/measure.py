@@ -199,6 +199,8 @@ def measure(
     *,
     room: float = float("inf"),
     seed: int = 0,
+    known: Sequence[Sequence[Run]] = (),
+    record: Callable[[int, Run, Stopped | None], None] | None = None,
 ) -> list[Measurement]:
     """Measure engines in turn, each after a warm-up.
 
@@ -212,10 +214,12 @@ def measure(
         step: called when an engine is done.
         room: bytes that open engines may take; where not all fit, they are opened again for each visit.
         seed: of the orders in which engines take turns.
+        known: runs of each engine from before, to go on from.
+        record: told of every run: which engine's, and why it was the last one, if so.
     """
     opened, order, meter = _Open(subjects, room), random.Random(seed), GpuMeter.of_this_machine()
     visit = 1 if opened.all_fit else VISIT_REPEATS
-    runs: list[list[Run]] = [[] for _ in subjects]
+    runs = [list(done) for done in known] or [[] for _ in subjects]
     verdicts: list[Stopped | None] = [None for _ in subjects]
     while left := [number for number, verdict in enumerate(verdicts) if verdict is None]:
         order.shuffle(left)
@@ -227,6 +231,8 @@ def measure(
                 runs[number].append(run_once(engine, vocabulary, workload, meter))
                 late = deadline is not None and time.perf_counter() > deadline
                 verdicts[number] = _verdict(runs[number], repeats, late)
+                if record is not None:
+                    record(number, runs[number][-1], verdicts[number])
                 if verdicts[number] is not None:
                     break
             del engine
@@ -234,7 +240,7 @@ def measure(
                 opened.close(number)
                 if step is not None:
                     step()
-    return [summary(done, workload, verdict or "repeats") for done, verdict in zip(runs, verdicts, strict=True)]
+    return [summary(done, workload, verdicts[number] or "repeats") for number, done in enumerate(runs)]
 
 
 @dataclass(frozen=True)
@@ -263,10 +269,15 @@ def own_peak() -> int:
     never reports less than its parent had.
     """
     if Path("/proc/self/status").exists():
-        return sum(_peak_of(process) for process in (os.getpid(), *_running_below(os.getpid())))
+        return tree_peak(os.getpid())
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def tree_peak(process: int) -> int:
+    """Peak resident bytes of a process and of those below it that still run, as Linux keeps them."""
+    return sum(_peak_of(each) for each in (process, *_running_below(process)))
 
 
 def _running_below(process: int) -> list[int]:

@@ -24,7 +24,6 @@ from amoeba_deploy.backends.backend import (
     Toolchain,
     installed_versions,
     require_legal,
-    require_toolchain,
 )
 from amoeba_deploy.backends.onnx import builder
 from amoeba_deploy.backends.onnx.engine import INSTALL_CUDA, PROVIDERS, OnnxEngine, exact_graph
@@ -33,7 +32,7 @@ from amoeba_deploy.backends.onnx.precisions import BITS, DTYPES, GRAPH, PRECISIO
 from amoeba_deploy.backends.onnx.weights import stored_weights, write_dequantised
 from amoeba_deploy.backends.takes import ANY_BLOCKS, KNOWN_ROPES, Takes
 from amoeba_deploy.block_quantisation import BLOCK
-from amoeba_deploy.errors import BadInput
+from amoeba_deploy.errors import BadInput, ToolchainMissing
 from amoeba_deploy.extraction.folder import copy_model, copy_other_files
 from amoeba_deploy.files import write_json
 from amoeba_deploy.model_folder import ModelFolder
@@ -146,7 +145,10 @@ class OnnxBackend(Backend):
     def open(
         self, artefact: Path, precision: str, threads: int | None = None, *, context: int | None = None, batch: int = 1
     ) -> OnnxEngine:
-        require_toolchain(self)
+        if "onnxruntime" in self.toolchain().missing:
+            raise ToolchainMissing(
+                f"{artefact}: is run by onnxruntime, which is not installed; run pip install onnxruntime"
+            )
         if not (artefact / GRAPH).is_file():
             raise BadInput(f"{artefact}: has no {GRAPH}; it is no {precision} artefact of the flow 'onnx'")
         if builder.is_built(artefact):

@@ -16,6 +16,7 @@ from amoeba_deploy.backends.backend import (
     Artefact,
     Backend,
     BuildOptions,
+    Command,
     Engine,
     Identity,
     Toolchain,
@@ -175,6 +176,10 @@ class TensorrtLlmBackend(Backend):
         self, artefact: Path, precision: str, threads: int | None = None, *, context: int | None = None, batch: int = 1
     ) -> Engine:
         raise ToolchainMissing(f"{artefact}: {_CANNOT_RUN}; run the commands of the bundle's manifest on the device")
+
+    def bench(self, precision: str, options: BuildOptions, prompt: int, tokens: int) -> tuple[Command, ...]:
+        """Of form A alone: in form B ``trtllm-bench`` wants the dense folder too, and Edge-LLM has no such report."""
+        return serving.folder_bench(options, prompt, tokens) if form_of(precision, options) == "A" else ()
 
     def reference_folder(self, model: ModelFolder, artefact: Path, precision: str, output: Path) -> Path | None:
         return None if precision in WEIGHT_ONLY or precision == "fp8" else model.path

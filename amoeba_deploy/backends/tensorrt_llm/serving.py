@@ -19,6 +19,7 @@ REQUESTS, REPORT = "../requests.json", "../report.json"
 TOKENS_AT_ONCE = 8192
 """Prompt tokens that are processed together at most, unless a single prompt may be longer; TensorRT-LLM's default."""
 _PROMPT, _OUTPUT, _REQUESTS = 128, 32, 64
+"""What is measured where nobody says otherwise."""
 
 
 def max_num_tokens(options: BuildOptions) -> int:
@@ -57,18 +58,31 @@ def needs(options: BuildOptions) -> str:
     return f"{gpus}{chip} and TensorRT-LLM {options.settings['release']} (nvcr.io/nvidia/tensorrt-llm/release)"
 
 
+def _flag(options: BuildOptions) -> str:
+    return "--config" if options.settings["release"] == "1.3" else "--extra_llm_api_options"
+
+
 def serving_commands(options: BuildOptions) -> tuple[Command, ...]:
     """Measure the folder ``engine``, and serve it."""
-    flag = "--config" if options.settings["release"] == "1.3" else "--extra_llm_api_options"
-    serve = ("trtllm-serve", "engine", "--port", "8000")
-    run = ("--backend", "pytorch", flag, f"engine/{BENCH}", "--max_seq_len", str(options.context))
-    return (
-        *bench_commands(options, "engine", run),
-        Command("serve it on port 8000", (*serve, flag, f"engine/{SERVE}"), needs(options)),
-    )
+    serve = ("trtllm-serve", "engine", "--port", "8000", _flag(options), f"engine/{SERVE}")
+    return (*folder_bench(options), Command("serve it on port 8000", serve, needs(options)))
 
 
-def bench_commands(options: BuildOptions, model: str, run: tuple[str, ...], more: str = "") -> tuple[Command, ...]:
+def folder_bench(options: BuildOptions, prompt: int = _PROMPT, tokens: int = _OUTPUT) -> tuple[Command, ...]:
+    """Measure the Hugging Face folder ``engine``."""
+    run = ("--backend", "pytorch", _flag(options), f"engine/{BENCH}", "--max_seq_len", str(options.context))
+    return bench_commands(options, "engine", run, prompt=prompt, tokens=tokens)
+
+
+def bench_commands(
+    options: BuildOptions,
+    model: str,
+    run: tuple[str, ...],
+    more: str = "",
+    *,
+    prompt: int = _PROMPT,
+    tokens: int = _OUTPUT,
+) -> tuple[Command, ...]:
     """Make requests with random prompts, and measure them; latencies to the first and to each further token.
 
     Args:
@@ -76,9 +90,11 @@ def bench_commands(options: BuildOptions, model: str, run: tuple[str, ...], more
         model: the Hugging Face folder; ``trtllm-bench`` reads config, tokenizer and the headers of its safetensors.
         run: the arguments that say what is measured.
         more: what is needed beside TensorRT-LLM.
+        prompt: tokens of a request, as far as the context holds them.
+        tokens: tokens of an answer, likewise.
     """
-    prompt = min(_PROMPT, max(options.context - _OUTPUT, 1))
-    output = max(min(_OUTPUT, options.context - prompt), 1)
+    prompt = min(prompt, max(options.context - tokens, 1))
+    output = max(min(tokens, options.context - prompt), 1)
     tool, mapping = ("trtllm-bench", "--model", model, "--model_path", model), mapping_of(options)
     lengths = ("--input-mean", str(prompt), "--input-stdev", "0", "--output-mean", str(output), "--output-stdev", "0")
     made = (*tool, "prepare-dataset", "--output", REQUESTS, "token-norm-dist")
