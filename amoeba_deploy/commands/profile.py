@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Table to write.  [default: this machine's cache]"
 )
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw curves and heat maps into this .html or .png.")
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @click.option(
     "--as",
@@ -62,6 +63,7 @@ def profile(
     budget: float,
     settings: tuple[tuple[str, str], ...],
     output: Path | None,
+    plot: Path | None,
     force: bool,
     form: Form | None,
     config: str | None,
@@ -85,6 +87,10 @@ def profile(
 
     if as_json and form is not None:
         raise BadInput("--json and --as both say how to print; give one of them")
+    if plot is not None:
+        from amoeba_deploy.pictures.page import check_page
+
+        check_page(plot, force)
     if checkpoint is not None and config is not None:
         raise BadInput("a checkpoint and --config both say what is profiled; give one of them")
     source: Source
@@ -107,6 +113,8 @@ def profile(
         force=force,
         progress=Progress(quiet),
     )
+    if plot is not None:
+        report.draw_profiled(done, plot, force)
     if form is not None:
         click.echo(done.bench_text(form), nl=False)
     else:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,6 +12,9 @@ from amoeba_deploy.commands.common import emit, open_named
 from amoeba_deploy.errors import AmoebaError, BadInput
 from amoeba_deploy.options import Front, checkpoint_argument, output_options, search_options, workload_options
 from amoeba_deploy.progress import Progress
+
+if TYPE_CHECKING:
+    from amoeba_deploy.request import Answer
 
 SHOWN = 5
 """Shapes that are shown where nothing else is said."""
@@ -33,6 +37,8 @@ SHOWN = 5
 @click.option("--measure-quality", is_flag=True, help="Evaluate the best 3 shapes (or --top) and rank them by that.")
 @click.option("--quality-text", type=click.Path(path_type=Path), help="The text that --measure-quality is about.")
 @click.option("--any-text", is_flag=True, help="Let --quality-text differ from the checkpoint's own.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw the front into this .html or .png file.")
+@click.option("--force", is_flag=True, help="Replace an existing picture.")
 @workload_options
 @output_options
 def search(
@@ -42,6 +48,8 @@ def search(
     measure_quality: bool,
     quality_text: Path | None,
     any_text: bool,
+    plot: Path | None,
+    force: bool,
     as_json: bool,
     quiet: bool,
     **asked: Any,
@@ -57,10 +65,14 @@ def search(
     """
     from amoeba_deploy import answer_text
     from amoeba_deploy.measured_quality import TOP, QualityCheck, with_measured_quality
-    from amoeba_deploy.request import Answer, Request, require_measurable
+    from amoeba_deploy.request import Request, require_measurable
     from amoeba_deploy.several import SeveralAnswers, asked_of_each, of_device
     from amoeba_deploy.space import Space
 
+    if plot is not None:
+        from amoeba_deploy.pictures.page import check_page
+
+        check_page(plot, force)
     each = asked_of_each(asked)
     _check_methods(asked, [one["device"] for one in each])
     space = Space.of_config(config) if config else Space.of_checkpoint(open_named(checkpoint))
@@ -78,12 +90,33 @@ def search(
             if len(each) == 1:
                 raise
             raise of_device(one["device"], error) from None
+    if plot is not None:
+        _draw(answers, plot, force)
     shown = top or SHOWN
     if len(answers) == 1:
         emit(answers[0].to_json(shown), as_json, lambda: answer_text.print_search(answers[0], shown))
         return
     several = SeveralAnswers.of(answers)
     emit(several.to_json(shown), as_json, lambda: answer_text.print_several(several, shown))
+
+
+def _draw(answers: Sequence[Answer], file: Path, force: bool) -> None:
+    """Write the fronts of some answers as a picture."""
+    from amoeba_deploy.pictures.front import front_of, front_section
+    from amoeba_deploy.pictures.page import write_page
+
+    fronts = [
+        front_of(
+            answer.request.target.device.name,
+            answer.result.found,
+            answer.best,
+            answer.request.budget,
+            answer.request.target.workload.tokens,
+        )
+        for answer in answers
+    ]
+    write_page(file, f"Latency and quality of {answers[0].request.space.name}", [front_section(fronts)], force)
+    answers[0].request.progress.say(f"drawn: {file}")
 
 
 def _check_methods(asked: dict[str, Any], devices: list[str]) -> None:

@@ -14,6 +14,7 @@ from amoeba_deploy.files import check_new_file
 from amoeba_deploy.profiles.bench_words import Form, bench_text
 from amoeba_deploy.profiles.device import load_device
 from amoeba_deploy.profiles.latency_model import LatencyModel
+from amoeba_deploy.profiles.prediction import Prediction
 from amoeba_deploy.profiles.profiler import (
     BUDGET_SECONDS,
     LOCAL,
@@ -63,6 +64,16 @@ class Profiled:
             f"{flow} {precision}": own.model(self._sizes(flow, precision), flow, precision, self.workload)
             for flow, precision in self.pairs
         }
+
+    def predictors(self) -> dict[Pair, Callable[[Shape], Prediction]]:
+        """The latency of any shape, by flow and precision."""
+        own = self.table.selected(self.context, self.settings)
+        return {pair: own.predictor(self._sizes(*pair), *pair, self.workload) for pair in self.pairs}
+
+    def shapes(self) -> list[Shape]:
+        """The whole shape space, and what was measured beside it."""
+        measured = [row.shape for row in self.table.rows if (row.flow, row.precision) in self.pairs]
+        return list(dict.fromkeys([*self.source.shapes(), *measured]))
 
     def bench_text(self, form: Form) -> str:
         """The rows of this time in llama-bench's words."""
