@@ -73,13 +73,17 @@ def _figures(device: Device) -> dict[str, Any]:
 
 def device_json(device: Device) -> dict[str, Any]:
     """Everything known of a device."""
+    from amoeba_deploy.profiles.shipped import known_tables
+
     flows = [asdict(flow) for flow in device.flows]
     head = {"name": device.name, "description": device.description, "architecture": device.architecture}
-    return head | {"figures": _figures(device), "flows": flows}
+    return head | {"figures": _figures(device), "flows": flows, "tables": known_tables(device.name)}
 
 
 def print_device(device: Device) -> None:
-    """All figures of a device with their sources."""
+    """All figures of a device with their sources, and what was measured of it."""
+    from amoeba_deploy.profiles.shipped import known_tables
+
     click.echo(f"{device.name}: {device.description} ({device.architecture})")
     for name, figure in _figures(device).items():
         click.echo(f"  {name} = {figure['value']:g} {figure['unit']}  [{figure['confidence']}: {figure['source']}]")
@@ -89,6 +93,10 @@ def print_device(device: Device) -> None:
             f"{flow.fixed_overhead.value:g} {flow.fixed_overhead.unit} a step [{flow.block_overhead.confidence}]"
         )
         click.echo(f"  flow {flow.flow} {flow.precision}: overhead {overheads}")
+    for table in known_tables(device.name):
+        sizes = "" if table["parameters"] is None else f" of a model of {table['parameters'] / 1e6:.1f} M parameters"
+        engines = ", ".join(table["engines"])
+        click.echo(f"  table {table['file']}: {table['rows']} measurements{sizes}, {table['date'][:10]} ({engines})")
 
 
 def print_selection(selection: Selection, output: Path) -> None:
