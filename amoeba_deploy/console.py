@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,20 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from amoeba_deploy.files import folder_bytes
 from amoeba_deploy.shape import format_width, width_to_json
 
 if TYPE_CHECKING:
     from amoeba_deploy.checkpoint import Checkpoint
-    from amoeba_deploy.export_all import AllExports
     from amoeba_deploy.extraction.folder import Extraction
     from amoeba_deploy.extraction.layout_cost import LayoutCost
     from amoeba_deploy.profiles.device import Device
     from amoeba_deploy.profiles.table import Table
-    from amoeba_deploy.request import Answer, ExportAnswer
-    from amoeba_deploy.search import Candidate
     from amoeba_deploy.selection import DepthChoice, Selection
-    from amoeba_deploy.verification import Verification
 
 
 def columns(rows: Sequence[Sequence[str]], head: Sequence[str]) -> None:
@@ -79,13 +73,17 @@ def _figures(device: Device) -> dict[str, Any]:
 
 def device_json(device: Device) -> dict[str, Any]:
     """Everything known of a device."""
+    from amoeba_deploy.profiles.shipped import known_tables
+
     flows = [asdict(flow) for flow in device.flows]
     head = {"name": device.name, "description": device.description, "architecture": device.architecture}
-    return head | {"figures": _figures(device), "flows": flows}
+    return head | {"figures": _figures(device), "flows": flows, "tables": known_tables(device.name)}
 
 
 def print_device(device: Device) -> None:
-    """All figures of a device with their sources."""
+    """All figures of a device with their sources, and what was measured of it."""
+    from amoeba_deploy.profiles.shipped import known_tables
+
     click.echo(f"{device.name}: {device.description} ({device.architecture})")
     for name, figure in _figures(device).items():
         click.echo(f"  {name} = {figure['value']:g} {figure['unit']}  [{figure['confidence']}: {figure['source']}]")
@@ -95,6 +93,10 @@ def print_device(device: Device) -> None:
             f"{flow.fixed_overhead.value:g} {flow.fixed_overhead.unit} a step [{flow.block_overhead.confidence}]"
         )
         click.echo(f"  flow {flow.flow} {flow.precision}: overhead {overheads}")
+    for table in known_tables(device.name):
+        sizes = "" if table["parameters"] is None else f" of a model of {table['parameters'] / 1e6:.1f} M parameters"
+        engines = ", ".join(table["engines"])
+        click.echo(f"  table {table['file']}: {table['rows']} measurements{sizes}, {table['date'][:10]} ({engines})")
 
 
 def print_selection(selection: Selection, output: Path) -> None:
@@ -249,172 +251,3 @@ def print_device_test(table: Table, file: Path) -> None:
         if item["error"]:
             click.echo(f"{item['precision']} {item['depth']}x{item['width']}, {item['stage']}: {item['error']}")
     click.echo(str(file))
-
-
-def _quality_text(candidate: Candidate) -> str:
-    quality = candidate.quality
-    if quality.metric == "loss":
-        return f"{quality.value:.4f}"
-    return f"{100 * quality.value:.1f}%"
-
-
-def _candidate_row(candidate: Candidate) -> list[str]:
-    prediction = candidate.prediction
-    return [
-        f"{candidate.shape} {candidate.flow} {candidate.precision}",
-        f"{prediction.tpot_ms:.3f}",
-        f"{prediction.ttft_ms:.1f}",
-        prediction.source,
-        amount(prediction.memory_bytes),
-        _quality_text(candidate),
-        candidate.quality.source,
-    ]
-
-
-def print_answer(answer: Answer, top: int = 5) -> None:
-    """The choice, what bound it, and the best few shapes."""
-    for remark in answer.remarks:
-        answer.request.progress.say(f"note: {remark}")
-    result, request = answer.result, answer.request
-    best = result.best
-    full = request.space.architecture
-    prediction = best.prediction
-    click.echo(
-        f"{request.space.name} on {request.target.device.name}: {best.shape} in {best.flow} {best.precision} "
-        f"(of {full.depth} blocks; {result.considered} shapes considered)"
-    )
-    click.echo(
-        f"  TPOT {prediction.tpot_ms:.3f} ms, TTFT {prediction.ttft_ms:.1f} ms, "
-        f"memory {amount(prediction.memory_bytes)} ({prediction.source})"
-    )
-    metric = "loss" if best.quality.metric == "loss" else "block parameters kept"
-    click.echo(f"  {metric} {_quality_text(best)} ({best.quality.source})")
-    if best.quality.metric != "loss":
-        click.echo("  no quality is known here: shapes are ranked by the parameters they keep")
-    _print_binding(answer)
-    if request.shape is None:
-        click.echo(f"\nbest {min(top, len(result.ranked))} within the budget")
-        columns([_candidate_row(candidate) for candidate in result.ranked[:top]], _candidate_head(metric))
-
-
-def _candidate_head(metric: str) -> list[str]:
-    return ["shape", "TPOT ms", "TTFT ms", "latency", "memory", metric.split()[-1], "quality"]
-
-
-def print_front(answer: Answer, most: int = 12) -> None:
-    """The Pareto front, thinned evenly to ``most`` shapes with both ends kept."""
-    front, budget = answer.result.front, answer.request.budget
-    steps = max(min(most, len(front)) - 1, 1)
-    shown = [front[round(i * (len(front) - 1) / steps)] for i in range(min(most, len(front)))]
-    metric = "loss" if answer.best.quality.metric == "loss" else "block parameters kept"
-    click.echo(f"\nPareto front in {budget.metric.upper()} and {metric} ({len(shown)} of {len(front)})")
-    columns([_candidate_row(candidate) for candidate in shown], _candidate_head(metric))
-
-
-def print_search(answer: Answer, top: int) -> None:
-    """The choice, the best few, and the front."""
-    print_answer(answer, top)
-    print_front(answer)
-
-
-def _print_binding(answer: Answer) -> None:
-    budget = answer.request.budget
-    limits = [f"{budget.metric.upper()} {budget.ms:g} ms"] if budget.ms is not None else []
-    limits += [f"memory {amount(budget.memory_bytes)}"] if budget.memory_bytes is not None else []
-    if answer.request.shape is not None:
-        return
-    if answer.result.binding is None:
-        click.echo(f"  the budget ({', '.join(limits)}) does not bind: the best of all shapes fits")
-    else:
-        click.echo(f"  {answer.result.binding} binds (budget: {', '.join(limits)}): better shapes exceed it")
-
-
-def _print_overrun(done: ExportAnswer) -> None:
-    """Say so where the engine, now measured, exceeds the budget that its prediction kept."""
-    budget, found = done.answer.request.budget, done.measured(done.answer.request.budget.metric)
-    if budget.ms is not None and found is not None and found > budget.ms:
-        click.echo(
-            f"note: that is {found / budget.ms - 1:.0%} over the budget of {budget.ms:g} ms, which the prediction "
-            f"kept; leave a margin, or profile again on a quiet machine"
-        )
-
-
-def _print_perplexity(verified: Verification) -> None:
-    found = verified.perplexity
-    if found is not None:
-        click.echo(
-            f"perplexity {found.engine:.4g} on {found.tokens} tokens where the unquantised subnet has "
-            f"{found.reference:.4g} ({found.rise:+.2%}, allowed {found.allowed_rise:+.1%})"
-        )
-
-
-def print_commands(done: ExportAnswer, of: str = "") -> None:
-    """The steps that are still to be run, and the commands that serve or measure the engine once it is finished."""
-    artefact = done.export.artefact
-    places = {"device": "the device", "host": "a host"}
-    named = [(f"step {number}{of} on {places[step.where]}", step) for number, step in enumerate(artefact.steps, 1)]
-    for name, one in (*named, *((f"use{of} on the device", command) for command in artefact.usage)):
-        needs = f" (needs {one.needs})" if one.needs else ""
-        click.echo(f"{name}{needs}, {one.does}:\n  {shlex.join(one.command)}")
-
-
-def print_export(done: ExportAnswer) -> None:
-    """The choice, how the engine was verified, and where the bundle is."""
-    print_answer(done.answer, top=3)
-    verified = done.export.verification
-    click.echo("")
-    if verified is None:
-        why = f": it cannot run here, {done.export.cannot_run}" if done.export.cannot_run else ""
-        click.echo(f"not verified{why}")
-    else:
-        click.echo(
-            f"verified: logits within {verified.max_logit_error:.2g} of the reference "
-            f"(allowed {verified.tolerance:.2g}), {verified.greedy_tokens} greedy tokens equal"
-        )
-        _print_perplexity(verified)
-    artefact = done.export.artefact
-    for note in artefact.notes:
-        click.echo(f"note: {note}")
-    print_commands(done)
-    if done.export.timing is not None:
-        timing = done.export.timing
-        click.echo(f"measured: TPOT {timing.tpot_ms:.3f} ms, TTFT {timing.ttft_ms:.1f} ms on this machine")
-        _print_overrun(done)
-    phases = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in done.seconds.items())
-    click.echo(f"bundle: {done.export.path} ({amount(done.export.bytes)}; {phases})")
-
-
-def print_all_exports(done: AllExports) -> None:
-    """One row a bundle, and why the other engines were passed over."""
-    from amoeba_deploy.bundle import ENGINE
-
-    rows = []
-    for one in done.bundles:
-        best, timing = one.answer.best, one.export.timing
-        found = timing or best.prediction
-        on_device = one.export.cannot_run or one.export.artefact.steps
-        rows.append(
-            [
-                f"{best.flow} {best.precision}",
-                str(best.shape),
-                amount(folder_bytes(one.export.path / ENGINE)),
-                f"{one.seconds['build']:.2f}",
-                "yes" if one.export.verification else "on the device" if on_device else "no",
-                f"{found.ttft_ms:.2f}",
-                f"{found.tpot_ms:.3f}",
-                "measured" if timing else best.prediction.source,
-            ]
-        )
-    if rows:
-        columns(rows, ["engine", "shape", "artefact", "build s", "verified", "TTFT ms", "TPOT ms", "latency"])
-    for passed in done.passed_over:
-        name = passed.flow if passed.precision is None else f"{passed.flow} {passed.precision}"
-        click.echo(f"passed over {name}: {passed.reason}")
-    for one in done.bundles:
-        for note in one.export.artefact.notes:
-            click.echo(f"note: {one.export.path.name}: {note}")
-        if one.export.cannot_run:
-            click.echo(f"note: {one.export.path.name} cannot run here: {one.export.cannot_run}")
-        print_commands(one, f" of {one.export.path.name}")
-    if done.bundles:
-        click.echo(f"{len(done.bundles)} bundles: {done.output}")

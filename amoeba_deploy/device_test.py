@@ -36,7 +36,8 @@ from amoeba_deploy.model_folder import ModelFolder
 from amoeba_deploy.profiles.device import LOCAL
 from amoeba_deploy.profiles.machine import own_chips
 from amoeba_deploy.profiles.measure import Subject, measure, peak_memory
-from amoeba_deploy.profiles.profiler import empty_table, steps_of
+from amoeba_deploy.profiles.profiler import empty_table
+from amoeba_deploy.profiles.source import CheckpointSource
 from amoeba_deploy.profiles.table import Row, Table, measured_row
 from amoeba_deploy.profiles.workload import Workload
 from amoeba_deploy.progress import Progress
@@ -229,7 +230,7 @@ def _go_through(item: Item, work: Path, found: dict[str, Any]) -> None:
     found["seconds"] = phases.seconds
     options = options_for(backend, item.context, item.workload.batch, settings=item.engine)
     found["identity"] = backend.identity(item.precision, options).to_json()
-    steps = steps_of(checkpoint, backend, item.precision)
+    steps = CheckpointSource(checkpoint).steps(backend, item.precision)
     refused = backend.refusal(checkpoint.sized(item.shape, steps), item.precision, options)
     if refused:
         found["outcome"] = REFUSED

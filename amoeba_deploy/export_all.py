@@ -18,12 +18,14 @@ from amoeba_deploy.backends.backend import require_toolchain
 from amoeba_deploy.bundle import MANIFEST
 from amoeba_deploy.checkpoint import Checkpoint
 from amoeba_deploy.errors import AmoebaError, BadInput, ToolchainMissing, VerificationFailed
+from amoeba_deploy.exported import ExportAnswer, export_answer
 from amoeba_deploy.options import comma_list
 from amoeba_deploy.profiles.device import Device, load_device
 from amoeba_deploy.profiles.table import read_table
 from amoeba_deploy.profiles.workload import Workload
 from amoeba_deploy.progress import Progress
-from amoeba_deploy.request import ExportAnswer, Request, Space, export_answer, require_budget
+from amoeba_deploy.request import Request, require_budget
+from amoeba_deploy.space import Space
 
 ALL = "all"
 
@@ -163,17 +165,17 @@ def export_all(
     """
     device = load_device(asked["device"])
     folder = output or Path(f"{device.name}-{ALL}")
+    if shape is not None:
+        checkpoint.plan_of(shape)
     check_folder(folder, force)
     require_budget(asked, shape)
     Workload(asked["batch"], asked["prompt"], asked["tokens"]).context_for(
         checkpoint.architecture.context, asked["context"]
     )
-    if asked["table"] is not None:
-        read_table(asked["table"])
+    for file in asked["table"]:
+        read_table(file)
     if asked.get("settings"):
         raise BadInput("--set is of one engine; name that engine with --flow, not all")
-    if shape is not None:
-        checkpoint.plan_of(shape)
     space = Space.of_checkpoint(checkpoint)
     pairs, passed = wanted_engines(device, comma_list(asked["precision"]))
     bundles: list[ExportAnswer] = []

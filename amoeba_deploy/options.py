@@ -15,6 +15,8 @@ from amoeba_deploy.shape import parse_width
 
 _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 _BYTES = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
+QUANTITY_NAMES = ("tpot", "ttft", "e2e", "memory", "size", "loss")
+"""What a front may weigh."""
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
@@ -45,6 +47,32 @@ class Latency(_Quantity):
     units = {k: _SECONDS[k] for k in ("us", "ms", "s")}  # noqa: RUF012
     example = "40ms"
     scale = 1e-3
+
+
+class DeviceLatency(click.ParamType[tuple[str, float]]):
+    """A latency in milliseconds, for all devices (then the first part is empty) or, as DEVICE=LATENCY, for one."""
+
+    name = "latency"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, float]:
+        if isinstance(value, tuple):
+            return value
+        device, _, latency = str(value).rpartition("=")
+        return device, Latency().convert(latency, param, ctx)
+
+
+class Front(click.ParamType[tuple[str, str]]):
+    """Two different quantities separated by a comma."""
+
+    name = "front"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
+        if isinstance(value, tuple):
+            return value
+        parts = comma_list(str(value))
+        if len(set(parts)) != 2 or len(parts) != 2 or not set(parts) <= set(QUANTITY_NAMES):
+            self.fail(f"'{value}' is not two of {', '.join(QUANTITY_NAMES)}; write such as size,loss", param, ctx)
+        return parts[0], parts[1]
 
 
 class Seconds(_Quantity):
@@ -163,8 +191,20 @@ workload_options = _all(
 )
 
 search_options = _all(
-    click.option("--device", required=True, help="A name of 'amoeba devices', or the path of your own device file."),
-    click.option("--latency", type=Latency(), help="Budget with its unit, such as 40ms."),
+    click.option(
+        "--device",
+        "devices",
+        required=True,
+        multiple=True,
+        help="A name of 'amoeba devices', or the path of your own device file.",
+    ),
+    click.option(
+        "--latency",
+        "latencies",
+        type=DeviceLatency(),
+        multiple=True,
+        help="Budget with its unit, such as 40ms; of one of several devices NAME=40ms.",
+    ),
     click.option(
         "--metric",
         type=click.Choice(["tpot", "ttft", "e2e"]),
@@ -173,9 +213,18 @@ search_options = _all(
         help="What --latency bounds.",
     ),
     click.option("--memory", type=Memory(), help="Budget with its unit, such as 8GB; never above the device's own."),
+    click.option("--tpot", type=Latency(), help="Further limit on time per output token."),
+    click.option("--ttft", type=Latency(), help="Further limit on time to first token."),
+    click.option("--e2e", type=Latency(), help="Further limit on the time of the whole workload."),
+    click.option("--size", type=Memory(), help="Further limit on the engine's files, such as 500MB."),
+    click.option(
+        "--max-loss", type=click.FloatRange(min=0, min_open=True), help="Further limit on loss, where it is known."
+    ),
     click.option("--flow", help="Flows, separated by commas.  [default: the device's first that works here]"),
     click.option("--precision", help="Precisions, separated by commas.  [default: the device's]"),
-    click.option("--table", type=click.Path(path_type=Path), help="Latency table to use."),
+    click.option(
+        "--table", type=click.Path(path_type=Path), multiple=True, help="Latency table to use; several are merged."
+    ),
     click.option("--measured-only", is_flag=True, help="Refuse estimates."),
     click.option(
         "--set", "settings", type=Setting(), multiple=True, metavar="NAME=VALUE", help="A setting of the engine's own."

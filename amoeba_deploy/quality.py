@@ -1,4 +1,7 @@
-"""How good every shape is: ``quality.json``, measured for a grid of shapes and interpolated between them."""
+"""How good every shape is: ``quality.json``, measured for a grid of shapes and interpolated between them.
+
+What was measured stays as it is; what is interpolated never gets better where something is removed.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,8 @@ from typing import Any, Literal
 from amoeba_deploy.architecture import Architecture
 from amoeba_deploy.errors import BadInput
 from amoeba_deploy.files import read_json, write_json
-from amoeba_deploy.interpolation import Point, over_shapes
+from amoeba_deploy.interpolation import over_shapes
+from amoeba_deploy.monotone import HeldOut, Measured, Rows, covers, held_out, levelled, rows_of
 from amoeba_deploy.plan import Steps, sized, subnet_widths
 from amoeba_deploy.shape import Policy, Shape, parse_width
 
@@ -73,12 +77,28 @@ class Quality:
         return min(row.shape.depth for row in self.rows)
 
     @cached_property
-    def _points(self) -> dict[str, dict[int, list[Point]]]:
-        points: dict[str, dict[int, list[Point]]] = {}
-        for row in sorted(self.rows, key=lambda row: row.shape.width):
-            at = points.setdefault(row.precision, {}).setdefault(row.shape.depth, [])
-            at.append((float(row.shape.width), row.loss))
-        return points
+    def _losses(self) -> dict[str, Measured]:
+        found: dict[str, dict[tuple[int, float], float]] = {}
+        for row in self.rows:
+            found.setdefault(row.precision, {})[row.shape.depth, float(row.shape.width)] = row.loss
+        return dict(found)
+
+    @cached_property
+    def _surfaces(self) -> dict[str, Rows]:
+        """Of each precision the levelled rows that losses are interpolated from."""
+        return {precision: rows_of(levelled(losses)) for precision, losses in self._losses.items()}
+
+    def _known(self, precision: str) -> str:
+        """The precision whose rows stand for one."""
+        return precision if precision in self._losses else REFERENCE_PRECISION
+
+    def held_out(self, precision: str) -> HeldOut | None:
+        """How far an interpolated loss is off in a precision; None where too few rows were measured to tell."""
+        return held_out(self._losses[self._known(precision)])
+
+    def covers(self, shape: Shape, precision: str) -> bool:
+        """Whether a shape lies between measured rows; the loss of another is that of the nearest of them."""
+        return covers(self._surfaces[self._known(precision)], shape.depth, float(shape.width))
 
     def _subnet(self, shape: Shape) -> Architecture | Shape:
         """What a shape is measured as: under the uniform policy its sizes, which several widths share."""
@@ -106,14 +126,13 @@ class Quality:
         ``subnet``: the sizes that the shape has for an engine with steps of its own; where nobody measured those, the
         figure is that of the width that keeps as many parameters.
         """
-        known = precision in self._points
-        used = precision if known else REFERENCE_PRECISION
+        used = self._known(precision)
         own = self._subnet(shape)
         other = subnet is not None and isinstance(own, Architecture) and _sizes(subnet) != _sizes(own)
         row = self._measured.get((used, own)) if not other else self._row_of(subnet, used)
         width = float(shape.width) if not other else _width_of(subnet, self.architecture)
-        value = row.loss if row else over_shapes(self._points[used], shape.depth, width)
-        source = (MEASURED if row else INTERPOLATED) if known else UNMEASURED_PRECISION
+        value = row.loss if row else over_shapes(self._surfaces[used], shape.depth, width)
+        source = UNMEASURED_PRECISION if used != precision else MEASURED if row else INTERPOLATED
         return QualityValue("loss", value, source)
 
 

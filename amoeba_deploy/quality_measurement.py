@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from amoeba_deploy.architecture import Architecture
 from amoeba_deploy.backends import load_backend
-from amoeba_deploy.backends.backend import Engine, Ids, options_for
+from amoeba_deploy.backends.backend import BuildOptions, Engine, Ids, options_for
 from amoeba_deploy.checkpoint import Checkpoint
 from amoeba_deploy.evaluation import (
     SEQUENCE,
@@ -32,6 +32,7 @@ from amoeba_deploy.evaluation import (
 from amoeba_deploy.extraction.folder import extract
 from amoeba_deploy.lowering import lower_plan
 from amoeba_deploy.model_folder import load_torch_model
+from amoeba_deploy.plan import Plan
 from amoeba_deploy.progress import Progress
 from amoeba_deploy.quality import REFERENCE_PRECISION, Quality, QualityRow, grid
 from amoeba_deploy.shape import Shape
@@ -71,8 +72,25 @@ def measured_precisions(sizes: Architecture, say: Callable[[str], None] = lambda
 def shape_logits(
     checkpoint: Checkpoint, shape: Shape, precision: str, folder: Path, device: str = "cpu"
 ) -> LogitsFunction:
-    """Logits of a shape in a precision, through folders made below ``folder``; float32 on a torch ``device``."""
-    plan, context = checkpoint.plan(shape), checkpoint.architecture.context
+    """Logits of a shape in a precision of ``PRECISION_FLOWS`` or float32, through folders made below ``folder``."""
+    plan, flow = checkpoint.plan(shape), PRECISION_FLOWS.get(precision, "torch")
+    options = options_for(load_backend(flow), checkpoint.architecture.context)
+    return plan_logits(checkpoint, plan, flow, precision, options, folder, device)
+
+
+def plan_logits(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    flow: str,
+    precision: str,
+    options: BuildOptions,
+    folder: Path,
+    device: str = "cpu",
+) -> LogitsFunction:
+    """Logits of a plan in a flow and precision, through folders made below ``folder``.
+
+    Float32 is computed by transformers on a torch ``device``, whatever the flow: engines give the same within rounding.
+    """
     dense, artefact = folder / "dense", folder / "engine"
     dense.mkdir()
     if precision == REFERENCE_PRECISION:
@@ -80,9 +98,9 @@ def shape_logits(
         model: Any = load_torch_model(dense)
         return torch_logits(model.to(device))
     artefact.mkdir()
-    backend = load_backend(PRECISION_FLOWS[precision])
-    lower_plan(checkpoint, plan, backend, precision, options_for(backend, context), artefact, dense)
-    return engine_logits(backend.open(artefact, precision))
+    backend = load_backend(flow)
+    lower_plan(checkpoint, plan, backend, precision, options, artefact, dense)
+    return engine_logits(backend.open(artefact, precision, context=options.context, batch=options.batch))
 
 
 def measure_quality(

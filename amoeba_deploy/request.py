@@ -1,144 +1,84 @@
-"""A search or export as a user asks for it, and the answer: everything between the command line and the modules."""
+"""A search as a user asks for it, and its answer: everything between the command line and the modules."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from amoeba_deploy import families
-from amoeba_deploy.architecture import Architecture
-from amoeba_deploy.backends import load_backend, takes_of
-from amoeba_deploy.backends.backend import BuildOptions
-from amoeba_deploy.checkpoint import Checkpoint
-from amoeba_deploy.errors import BadInput, LatencyUnknown
-from amoeba_deploy.export import Export, Order, Phases, export
-from amoeba_deploy.extraction.ragged import refuse_ragged
-from amoeba_deploy.families import read_architecture
+from amoeba_deploy.entrants import Choices, Entrants, entrants_of, require_measured
+from amoeba_deploy.errors import BadInput
+from amoeba_deploy.export import Phases
 from amoeba_deploy.files import sha256_of
-from amoeba_deploy.model_folder import read_config
+from amoeba_deploy.local_latency import measured_shapes, named_table, searched_table
 from amoeba_deploy.options import comma_list
-from amoeba_deploy.plan import NEURON_MULTIPLE, BlockPlan, Plan, Steps, sized
-from amoeba_deploy.profiles.device import LOCAL, load_device
-from amoeba_deploy.profiles.local import table_with
-from amoeba_deploy.profiles.prediction import Metric, Prediction
+from amoeba_deploy.plan import Plan
+from amoeba_deploy.profiles.device import LOCAL, Device, load_device
 from amoeba_deploy.profiles.profiler import local_table_file
-from amoeba_deploy.profiles.source import config_shapes
-from amoeba_deploy.profiles.table import Table, read_table
+from amoeba_deploy.profiles.shipped import shipped_tables
+from amoeba_deploy.profiles.table import Table
+from amoeba_deploy.profiles.table_set import read_tables
 from amoeba_deploy.profiles.workload import Workload
 from amoeba_deploy.progress import Progress
 from amoeba_deploy.quality import Quality
-from amoeba_deploy.search import Budget, Candidate, SearchResult, SubnetSizes, prediction_to_json, quality_to_json
-from amoeba_deploy.shape import Shape, format_width
-from amoeba_deploy.target import Choices, Target, resolve_target, search_target
+from amoeba_deploy.search import (
+    Budget,
+    Candidate,
+    SearchResult,
+    SubnetSizes,
+    prediction_to_json,
+    quality_to_json,
+    search,
+)
+from amoeba_deploy.search.budget import further_limits
+from amoeba_deploy.search.candidate import MeasuredQuality
+from amoeba_deploy.search.choice import Axes
+from amoeba_deploy.search.hierarchical import Level, hierarchical
+from amoeba_deploy.shape import Shape
+from amoeba_deploy.space import Space
+from amoeba_deploy.target import Target, resolve_target
 
-
-@dataclass(frozen=True)
-class Space:
-    """The shapes to search over: those of a checkpoint, or of a model's config alone."""
-
-    name: str
-    architecture: Architecture
-    quality: Quality | None
-    multiple: int
-    checkpoint: Checkpoint | None
-
-    def shapes(self, steps: Steps) -> list[Shape]:
-        """All distinct subnets that keep only so many heads and neurons, by their shortest names."""
-        if self.checkpoint is not None:
-            return self.checkpoint.shapes(steps)
-        return config_shapes(self.architecture, steps)
-
-    def sized(self, shape: Shape, steps: Steps) -> SubnetSizes:
-        """The sizes of a shape's subnet."""
-        checkpoint = self.checkpoint
-        padded = checkpoint.sized(shape, steps) if checkpoint else sized(self.architecture, shape, steps)
-        alike = checkpoint is None or shape.policy == "uniform"
-        parts = [padded] if alike or checkpoint is None else checkpoint.parts(shape, steps)
-        return SubnetSizes.of(padded, parts, checkpoint is not None and checkpoint.compensates(shape))
-
-    def plan(self, shape: str, flow: str, precision: str) -> Plan:
-        """The plan of ``--shape`` in sizes that an engine takes.
-
-        Raises:
-            BadInput: the shape is none of the checkpoint's, or a plan file keeps what the engine does not take.
-        """
-        checkpoint = self.checkpoint
-        if checkpoint is None:
-            raise BadInput(f"{shape}: a config has no plans; give a checkpoint")
-        plan = checkpoint.plan_of(shape, self.steps(flow, precision))
-        if not plan.whole_blocks:
-            raise BadInput(
-                f"{shape}: keeps blocks without their attention or feed-forward, of which no latency is known; "
-                f"extract it, or keep whole blocks"
-            )
-        takes = takes_of(flow)
-        for block in plan.blocks:
-            refused = takes.count_refusal(self.architecture, len(block.heads), len(block.neurons), precision)
-            if refused:
-                nearest = self._nearest(block, flow, precision)
-                raise BadInput(
-                    f"{shape} cannot be lowered to {flow} {precision}: {refused}; the nearest that it takes is "
-                    f"{nearest[0]} key/value heads and {nearest[1]} neurons"
-                )
-        return plan
-
-    def refusal(self, shape: str | None, flow: str, precision: str, options: BuildOptions) -> str | None:
-        """Why a backend takes none of the shapes, or not the one that is asked for, as half a sentence, or None."""
-        steps, backend = self.steps(flow, precision), load_backend(flow)
-        shapes: Sequence[Shape] = self.shapes(steps) if shape is None else ()
-        subnets = (self.sized(candidate, steps).padded for candidate in shapes)
-        if shape is not None and self.checkpoint is not None:
-            try:
-                subnets = (plan.subnet(self.architecture) for plan in [self.plan(shape, flow, precision)])
-            except BadInput:
-                return None  # said where the plan is asked for again
-        first = None
-        for subnet in subnets:
-            refused = families.refusal(subnet) or backend.refusal(subnet, precision, options)
-            if not refused:
-                return None
-            first = first or refused
-        return first
-
-    def _nearest(self, block: BlockPlan, flow: str, precision: str) -> tuple[int, int]:
-        full = self.architecture
-        ratios = Fraction(len(block.kv_heads), full.kv_heads), Fraction(len(block.neurons), full.neurons)
-        return self.steps(flow, precision).kept(full, *ratios)
-
-    def steps(self, flow: str, precision: str) -> Steps:
-        """The numbers of heads and neurons that an engine takes."""
-        compensated = self.checkpoint is not None and self.checkpoint.bias
-        return takes_of(flow).steps(self.architecture, self.multiple, precision, compensated)
-
-    @classmethod
-    def of_checkpoint(cls, checkpoint: Checkpoint) -> Space:
-        """All distinct subnets of a checkpoint; raises BadInput where no latency could be known of them."""
-        checkpoint.require_whole_blocks()
-        return cls(
-            checkpoint.name,
-            checkpoint.architecture,
-            checkpoint.quality,
-            checkpoint.multiple,
-            checkpoint,
-        )
-
-    @classmethod
-    def of_config(cls, path: Path) -> Space:
-        """All distinct subnets of a config, from half its depth and half its width up; no weights are needed."""
-        config = read_config(path)
-        refuse_ragged(config, path)
-        return cls(str(path), read_architecture(config), None, NEURON_MULTIPLE, None)
+BOUNDS = {"tpot": "tpot", "ttft": "ttft", "e2e": "e2e", "size": "size", "loss": "max_loss"}
+"""Quantities that options of their own bound, beside --latency and --memory, with the options' names."""
+EXHAUSTIVE, HIERARCHICAL, EVOLUTIONARY = "exhaustive", "hierarchical", "evolutionary"
+METHODS = (HIERARCHICAL, EXHAUSTIVE, EVOLUTIONARY)
 
 
 def require_budget(asked: Mapping[str, Any], shape: str | None) -> None:
     """Raise BadInput where there is neither a budget to search within nor a shape to build."""
-    if asked["latency"] is None and asked["memory"] is None and shape is None:
-        raise BadInput("give a budget: --latency with its unit (such as --latency 40ms), --memory, or both")
+    bounds = ("latency", "memory", *BOUNDS.values())
+    if shape is None and all(asked.get(name) is None for name in bounds):
+        raise BadInput(
+            "give a budget: --latency with its unit (such as --latency 40ms), --memory, or another limit of 'amoeba "
+            "search -h'"
+        )
+
+
+def require_measurable(space: Space) -> None:
+    """Raise BadInput where the shapes of a space cannot be measured one by one."""
+    if space.checkpoint is None:
+        raise BadInput("--measure builds engines, and a config has no weights; give a checkpoint")
+    if space.checkpoint.policy != "uniform":
+        raise BadInput(
+            f"{space.checkpoint.path}: its policy is {space.checkpoint.policy}, and latency tables hold uniform shapes;"
+            f" leave --measure out"
+        )
+
+
+def _budget(asked: Mapping[str, Any], device: Device, quality: Quality | None) -> Budget:
+    """The limits that were asked for; a device's visible memory is always one."""
+    if asked.get("max_loss") is not None and quality is None:
+        raise BadInput(
+            "--max-loss bounds a loss, and none is known here; measure it with 'amoeba checkpoint create "
+            "--quality-text FILE', or leave --max-loss out"
+        )
+    visible = int(device.memory_visible.base)
+    memory = min(visible, int(asked["memory"])) if asked["memory"] else visible
+    bounds = [(quantity, asked.get(option)) for quantity, option in BOUNDS.items()]
+    return Budget(asked["metric"], asked["latency"], memory, further_limits(asked["metric"], asked["latency"], bounds))
 
 
 @dataclass(frozen=True)
@@ -149,10 +89,17 @@ class Request:
     target: Target
     budget: Budget
     table: Table | None
+    """None where latencies are estimated, or measured while the search goes on."""
     table_digest: str | None
     measured_only: bool
     shape: str | None
     progress: Progress
+    axes: Axes | None = None
+    """Of the front; the budget metric and quality where none were asked for."""
+    method: str = EXHAUSTIVE
+    measure: bool = False
+    """Whether the shapes that a hierarchical search asks for are measured, on this machine."""
+    remarks: tuple[str, ...] = ()
     phases: Phases = field(default_factory=Phases)
 
     @classmethod
@@ -161,6 +108,7 @@ class Request:
 
         Raises:
             BadInput: no budget and no shape is given, or an option names what does not exist.
+            LatencyUnknown: nothing is known of this machine's speed, and it cannot be measured.
         """
         require_budget(asked, shape)
         phases = Phases()
@@ -177,29 +125,37 @@ class Request:
                 dict(asked.get("settings") or ()),
                 partial(space.refusal, shape),
             )
+            plans = []
             if shape is not None and space.checkpoint is not None:
-                for flow, precision in target.pairs:
-                    space.plan(shape, flow, precision)
-        file: Path | None = asked["table"]
-        if file is None and device.name == LOCAL:
-            with phases.phase("profile"):
-                table: Table | None = _local_table(space, target, progress)
-            file = local_table_file(space.checkpoint) if space.checkpoint else None
-        else:
-            table = read_table(file) if file else None
-        if table is not None and table.device != device.name:
-            raise BadInput(
-                f"{file}: was measured on '{table.device}', not on '{device.name}'; give that device's table"
-            )
-        visible = int(device.memory_visible.base)
-        memory = min(visible, int(asked["memory"])) if asked["memory"] else visible
-        budget = Budget(asked["metric"], asked["latency"], memory)
-        digest = "sha256:" + sha256_of(file) if file is not None and file.is_file() else None
-        return cls(space, target, budget, table, digest, bool(asked["measured_only"]), shape, progress, phases)
+                plans = [space.plan(shape, flow, precision) for flow, precision in target.pairs]
+            budget = _budget(asked, device, _quality_of(space, shape, plans))
+        measure = bool(asked.get("measure"))
+        table, digest, remarks = _latencies(space, target, asked["table"] or (), plans, measure, progress, phases)
+        return cls(
+            space,
+            target,
+            budget,
+            table,
+            digest,
+            bool(asked["measured_only"]),
+            shape,
+            progress,
+            asked.get("front"),
+            asked.get("method") or EXHAUSTIVE,
+            measure,
+            remarks,
+            phases,
+        )
 
     def plan(self, flow: str, precision: str) -> Plan | None:
         """The plan that was asked for by ``--shape``, in sizes that an engine takes; None where none was."""
         return None if self.shape is None else self.space.plan(self.shape, flow, precision)
+
+    @property
+    def quality(self) -> Quality | None:
+        """What is known of the quality of the shapes in question."""
+        plans = [self.plan(flow, precision) for flow, precision in self.target.pairs]
+        return _quality_of(self.space, self.shape, [plan for plan in plans if plan is not None])
 
     def _choices(self, flow: str, precision: str) -> Choices:
         """The shapes to consider in a flow and precision, with their sizes."""
@@ -217,31 +173,115 @@ class Request:
         return [plan.shape] if plan else space.shapes(steps), sizes_of
 
     def answer(self) -> Answer:
-        """Search, or judge the shape that was asked for."""
+        """Search, or judge the shape that was asked for.
+
+        Raises:
+            NoShapeFits: nothing fits the budget.
+            BadInput: a backend refuses every shape.
+            LatencyUnknown: no latency is known, or only estimates where more is demanded.
+        """
         began = time.perf_counter()
-        quality = self.space.quality
-        if self.shape is not None:
-            plans = [self.plan(flow, precision) for flow, precision in self.target.pairs]
-            quality = quality if all(_is_own(plan, self.shape, self.space) for plan in plans) else None
-        result, remarks = search_target(
-            self.target, self.space.architecture, self._choices, quality, self.budget, self.table, self.measured_only
+        entrants, remarks = entrants_of(
+            self.target, self.space.architecture, self._choices, self.quality, self.shape is not None
         )
-        answer = Answer(self, result, (*self.target.remarks, *remarks))
+        found: list[Candidate] = []
+        levels: list[Level] = []
+        gap = 0.0 if self.measure else None
+        for one in entrants:
+            if self.method == HIERARCHICAL and self.shape is None:
+                descent = hierarchical(one.shapes, self._judge(one), self.budget, self.target.workload, self._say)
+                found += descent.asked
+                levels += descent.levels
+                gap = None if gap is None else max(gap, descent.gap)
+            else:
+                found += one.candidates(self.table)
+            remarks += [remark for remark in [one.estimates_for(self.table)] if remark]
+        if self.measured_only:
+            found = require_measured(found, self.target.device.name)
+        result = search(found, self.budget, self.target.workload, self.axes)
+        remarks += self._outside(result.best)
+        answer = Answer(self, result, (*self.target.remarks, *self.remarks, *remarks), tuple(levels), gap)
         self.phases.seconds["search"] = round(self.phases.seconds["search"] + time.perf_counter() - began, 3)
         return answer
 
+    def _judge(self, entrants: Entrants) -> Callable[[Sequence[Shape]], Sequence[Candidate]]:
+        if not self.measure:
+            known = entrants.candidates(self.table)
+            return lambda _shapes: known
+        pair = entrants.flow, entrants.precision
 
-def _is_own(plan: Plan | None, shape: str, space: Space) -> bool:
-    """Whether a plan is one of the checkpoint's own shapes, whose quality is known; a plan by hand has none."""
-    if plan is None or space.checkpoint is None:
+        def measured(shapes: Sequence[Shape]) -> Sequence[Candidate]:
+            table, count = measured_shapes(self.space.source, self.target, pair, shapes, self.progress)
+            again = "" if count == len(shapes) else f"; {len(shapes) - count} more were known"
+            self.progress.say(f"measured {count} shapes in {pair[0]} {pair[1]}{again}")
+            return entrants.candidates(table)
+
+        return measured
+
+    def _say(self, level: Level) -> None:
+        best = level.best
+        said = "none fits yet" if best is None else f"best so far {best.shape} in {best.flow} {best.precision}"
+        self.progress.say(f"level of {level.asked} shapes: {said}")
+
+    def _outside(self, best: Candidate) -> list[str]:
+        """A remark where the quality of a named shape is only that of the nearest measured one."""
+        if best.quality.metric != "loss" or self.quality is None or self.quality.covers(best.shape, best.precision):
+            return []
+        return [
+            f"{best.shape} lies outside the shapes whose quality was measured: its loss is that of the nearest of "
+            f"them, and likely too low"
+        ]
+
+
+def _quality_of(space: Space, shape: str | None, plans: Sequence[Plan]) -> Quality | None:
+    """The quality that is known of what is asked for: of a plan by hand, which no shape of the checkpoint is, none."""
+    if shape is None or space.quality is None:
+        return space.quality
+    own = bool(plans) and all(_is_own(plan, shape, space) for plan in plans)
+    return space.quality if own else None
+
+
+def _is_own(plan: Plan, shape: str, space: Space) -> bool:
+    """Whether a plan is one of the checkpoint's own shapes, whose quality is known."""
+    if space.checkpoint is None:
         return False
     return not shape.endswith(".json") or space.checkpoint.owns(plan)
 
 
-def _local_table(space: Space, target: Target, progress: Progress) -> Table:
-    if space.checkpoint is None:
-        raise LatencyUnknown("no latency is known for this config on this machine; give --table, or another --device")
-    return table_with(space.checkpoint, target.pairs, target.workload, target.context, progress)
+Latencies = tuple[Table | None, str | None, tuple[str, ...]]
+"""The table that latencies come from, the digest of its files, and remarks."""
+
+
+def _latencies(
+    space: Space,
+    target: Target,
+    files: Sequence[Path],
+    plans: Sequence[Plan],
+    measure: bool,
+    progress: Progress,
+    phases: Phases,
+) -> Latencies:
+    """Where latencies come from: the tables that were named, else this machine's own, else those that ship with us."""
+    device, digest = target.device.name, space.architecture.digest
+    flows = [flow for flow, _ in target.pairs]
+    if device == LOCAL and not files:
+        if measure:
+            return None, None, ()
+        with phases.phase("profile"):
+            return _local_table(space, target, plans, progress)
+    shipped = () if files else shipped_tables(device, digest)
+    if not files and not shipped:
+        return None, None, ()
+    tables = read_tables(files or shipped, device, digest, flows)
+    said = [f"latencies are from the table that ships with amoeba-deploy: {file.name}" for file in shipped]
+    return tables.table, tables.digest, (*said, *tables.remarks)
+
+
+def _local_table(space: Space, target: Target, plans: Sequence[Plan], progress: Progress) -> Latencies:
+    source = space.source
+    table = named_table(source, target, plans, progress) if plans else searched_table(source, target, progress)
+    file = local_table_file(source)
+    return table, "sha256:" + sha256_of(file) if file.is_file() else None, ()
 
 
 @dataclass(frozen=True)
@@ -251,112 +291,65 @@ class Answer:
     request: Request
     result: SearchResult
     remarks: tuple[str, ...]
+    levels: tuple[Level, ...] = ()
+    """Of a hierarchical search."""
+    gap: float | None = None
+    """By how much a shape that was not measured could be better at most, where a hierarchical search measured."""
+    measured: tuple[MeasuredQuality, ...] = ()
+    """The shapes that were evaluated for real, best first."""
 
     @property
     def best(self) -> Candidate:
         """The chosen shape."""
         return self.result.best
 
+    @property
+    def held_out(self) -> dict[str, float] | None:
+        """How far interpolated losses of the best shape's precision are off; None where that is not known."""
+        quality, best = self.request.quality, self.best
+        if quality is None or best.quality.metric != "loss":
+            return None
+        found = quality.held_out(best.precision)
+        return None if found is None else found.to_json()
+
     def facts(self) -> dict[str, Any]:
         """Device, workload, budget, prediction and quality, as outputs and manifests hold them."""
         request, best = self.request, self.best
-        workload = request.target.workload
+        workload, budget = request.target.workload, request.budget
+        further = {limit.name: limit.bound for limit in budget.further}
         return {
             "device": request.target.device.name,
             "flow": best.flow,
             "precision": best.precision,
             "workload": {"batch": workload.batch, "prompt": workload.prompt, "tokens": workload.tokens},
             "budget": {
-                "metric": request.budget.metric,
-                "ms": request.budget.ms,
-                "memory_bytes": request.budget.memory_bytes,
+                "metric": budget.metric,
+                "ms": budget.ms,
+                "memory_bytes": budget.memory_bytes,
+                **({"limits": further} if further else {}),
             },
             "shape": best.shape.to_json(),
             "predicted": prediction_to_json(best.prediction),
             "quality": quality_to_json(best.quality),
         }
 
-    def to_json(self) -> dict[str, Any]:
-        """The object that ``search --json`` prints."""
-        return self.facts() | {
+    def to_json(self, top: int = 5) -> dict[str, Any]:
+        """The object that ``search --json`` prints, with the best ``top`` shapes."""
+        facts, request = self.facts(), self.request
+        if self.best.quality.metric == "loss":
+            facts["quality"] |= {"held_out": self.held_out}
+        descent = {
+            "levels": [level.to_json() for level in self.levels],
+            "gap": None if self.gap is None else round(self.gap, 6),
+        }
+        return facts | {
+            "method": request.method,
+            **(descent if self.levels else {}),
+            **({"measured_quality": [one.to_json() for one in self.measured]} if self.measured else {}),
             "binding": self.result.binding,
             "considered": self.result.considered,
             "remarks": list(self.remarks),
-            "top": [candidate.to_json() for candidate in self.result.ranked[:5]],
+            "top": [candidate.to_json() for candidate in self.result.ranked[:top]],
+            "front": list(self.result.axes),
             "pareto": [candidate.to_json() for candidate in self.result.front],
         }
-
-
-@dataclass(frozen=True)
-class ExportAnswer:
-    """What an export built, and the search that led to it."""
-
-    answer: Answer
-    export: Export
-    seconds: dict[str, float]
-
-    def measured(self, metric: Metric) -> float | None:
-        """The engine's own latency in milliseconds, where it was built for this machine and measured."""
-        timing = self.export.timing
-        if timing is None:
-            return None
-        found = Prediction(timing.tpot_ms, timing.ttft_ms, 0, "measured")
-        return found.value(metric, self.answer.request.target.workload.tokens)
-
-    def to_json(self) -> dict[str, Any]:
-        """The object that ``export --json`` prints."""
-        return self.answer.to_json() | {
-            "bundle": str(self.export.path),
-            "bytes": self.export.bytes,
-            "verified": self.export.verified_json(),
-            "seconds": self.seconds,
-            "cannot_run": self.export.cannot_run,
-            "notes": list(self.export.artefact.notes),
-            "steps": [step.to_json() for step in self.export.artefact.steps],
-            "usage": [command.to_json() for command in self.export.artefact.usage],
-        }
-
-
-def export_answer(
-    checkpoint: Checkpoint,
-    request: Request,
-    output: Path | None,
-    *,
-    force: bool,
-    verify: bool,
-    text: Path | None = None,
-) -> ExportAnswer:
-    """Answer a request and build its bundle."""
-    answer = request.answer()
-    best, device = answer.best, request.target.device
-    plan = request.plan(best.flow, best.precision)
-    plan = plan or checkpoint.plan(best.shape, request.space.steps(best.flow, best.precision))
-    target = output or Path(f"{device.name}-{best.flow}-{best.precision}-{_folder_name(best.shape)}")
-    facts = {
-        key: value for key, value in answer.facts().items() if key not in ("flow", "precision", "workload", "shape")
-    }
-    facts |= {"table": request.table_digest}
-    order = Order(
-        plan,
-        best.flow,
-        best.precision,
-        request.target.workload,
-        request.target.options(best.flow),
-        device.name == LOCAL,
-        facts,
-    )
-    done = export(
-        checkpoint,
-        order,
-        target,
-        force=force,
-        verify=verify,
-        text=text,
-        phases=request.phases,
-        progress=request.progress,
-    )
-    return ExportAnswer(answer, done, request.phases.seconds)
-
-
-def _folder_name(shape: Shape) -> str:
-    return f"{shape.depth}x{format_width(shape.width)}".replace("/", "of")

@@ -1,4 +1,4 @@
-"""What to search on: a device with its flows and precisions, and where the latencies come from.
+"""What to search on: a device with its flows and precisions, the workload, and the engine's own settings.
 
 Where the user names neither flow nor precision, the first of the device's own preferences that this installation can
 lower, and that takes any of the shapes, is taken; it is said why earlier ones were passed over.
@@ -7,25 +7,15 @@ lower, and that takes any of the shapes, is taken; it is said why earlier ones w
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-from amoeba_deploy import families
-from amoeba_deploy.architecture import Architecture
 from amoeba_deploy.backends import flow_names, load_backend
 from amoeba_deploy.backends.backend import Backend, BuildOptions, check_precision, options_for, require_toolchain
-from amoeba_deploy.errors import AmoebaError, BadInput, LatencyUnknown, ToolchainMissing
+from amoeba_deploy.errors import AmoebaError, BadInput, ToolchainMissing
 from amoeba_deploy.profiles.device import LOCAL, Device
-from amoeba_deploy.profiles.prediction import Prediction
-from amoeba_deploy.profiles.roofline import estimate
-from amoeba_deploy.profiles.table import Table
+from amoeba_deploy.profiles.table import Row, Table
 from amoeba_deploy.profiles.workload import Workload
-from amoeba_deploy.quality import Quality
-from amoeba_deploy.search import Budget, Candidate, SearchResult, SubnetSizes, candidates, search
-from amoeba_deploy.shape import Shape
-
-Choices = tuple[Sequence[Shape], Callable[[Shape], SubnetSizes]]
-"""Shapes to choose from, and the function that gives a shape the sizes of its subnet."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +34,37 @@ class Target:
         """What an engine of a flow is built with; raises BadInput where it has no such settings."""
         chip = None if self.device.name == LOCAL else self.device.architecture
         return options_for(load_backend(flow), self.context, self.workload.batch, chip, self.settings)
+
+    def own_settings(self, flow: str) -> dict[str, str]:
+        """The settings of an engine that are not at their defaults: another engine, as far as latency goes."""
+        known = load_backend(flow).settings
+        return {name: value for name, value in self.settings.items() if known[name].default != value}
+
+    def rows(self, table: Table, flow: str, precision: str) -> Table:
+        """The table with only the rows of a flow and precision that were measured as this target runs them.
+
+        A row that does not say what context its engine provided for fits any; one that says it is preferred.
+        """
+        settings = self.own_settings(flow)
+        suited: dict[tuple[Any, ...], Row] = {}
+        for row in table.rows:
+            if (row.flow, row.precision, row.workload) != (flow, precision, self.workload):
+                continue
+            if row.context not in (None, self.context) or dict(row.settings) != settings:
+                continue
+            at = row.depth, row.width, row.policy
+            if at not in suited or row.context is not None:
+                suited[at] = row
+        return replace(table, rows=tuple(suited.values()))
+
+    def measure_command(self, flow: str, precision: str) -> str:
+        """The command that measures on the device what is not known of a flow and precision."""
+        workload, settings = self.workload, self.own_settings(flow)
+        own = "".join(f" --set {name}={value}" for name, value in settings.items())
+        return (
+            f"amoeba profile --flow {flow} --precision {precision} --batch {workload.batch} --prompt "
+            f"{workload.prompt} --tokens {workload.tokens} --context {self.context}{own}"
+        )
 
 
 def ready_backend(flow: str) -> Backend:
@@ -145,104 +166,3 @@ def _checked(target: Target) -> Target:
     for flow in flows:
         target.options(flow)
     return target
-
-
-def ranked_pairs(target: Target, quality: Quality | None) -> tuple[tuple[tuple[str, str], ...], list[str]]:
-    """The pairs whose qualities can be ranked against each other, and a remark for each that was left out."""
-    if len({precision for _, precision in target.pairs}) == 1:
-        return target.pairs, []
-    measured = quality.precisions if quality is not None else ()
-    known = tuple(pair for pair in target.pairs if pair[1] in measured)
-    left = [p for p in target.pairs if p not in known]
-    if not known:
-        raise BadInput("none of these precisions has a measured quality, so they cannot be ranked; name a single one")
-    return known, [f"left out {flow} {precision}: its quality was not measured" for flow, precision in left]
-
-
-def predictor(
-    target: Target,
-    sizes_of: Callable[[Shape], SubnetSizes],
-    digest: str,
-    flow: str,
-    precision: str,
-    table: Table | None,
-) -> Callable[[Shape], Prediction]:
-    """Where latencies of one flow and precision come from: the table where it has rows for them, else an estimate.
-
-    Raises:
-        BadInput: the table is of another architecture.
-        LatencyUnknown: there are no rows, and the device has no figures to estimate from.
-    """
-    if table is not None:
-        if table.architecture_digest != digest:
-            raise BadInput("the latency table was measured for another model architecture; profile this one")
-        if (flow, precision) in table.flows(target.workload) or target.device.bandwidth is None:
-            return table.predictor(lambda shape: sizes_of(shape).mean, flow, precision, target.workload)
-    storage = load_backend(flow).storage(precision)
-
-    def estimated(shape: Shape) -> Prediction:
-        sizes, workload = sizes_of(shape), target.workload
-        return estimate(sizes.padded, storage, target.device, flow, precision, workload, target.context, sizes.parts)
-
-    return estimated
-
-
-def _built_sizes(sizes_of: Callable[[Shape], SubnetSizes], ragged: bool, shape: Shape) -> SubnetSizes:
-    return sizes_of(shape).built(ragged)
-
-
-def search_target(
-    target: Target,
-    architecture: Architecture,
-    choices: Callable[[str, str], Choices],
-    quality: Quality | None,
-    budget: Budget,
-    table: Table | None = None,
-    measured_only: bool = False,
-) -> tuple[SearchResult, list[str]]:
-    """Search all shapes in all pairs of a target; returns the result and further remarks.
-
-    ``choices`` gives for a flow and precision the shapes that its engine takes, with the sizes of their subnets.
-
-    Raises:
-        NoShapeFits: nothing fits the budget.
-        BadInput: a backend refuses every shape.
-        LatencyUnknown: no latency is known, or only estimates where ``measured_only`` demands more.
-    """
-    pairs, remarks = ranked_pairs(target, quality)
-    found: list[Candidate] = []
-    refusals: list[str] = []
-    for flow, precision in pairs:
-        backend, options = load_backend(flow), target.options(flow)
-        shapes, own_sizes = choices(flow, precision)
-        sizes_of = partial(_built_sizes, own_sizes, "ragged" in backend.layouts(architecture, precision, options))
-        predict = predictor(target, sizes_of, architecture.digest, flow, precision, table)
-        if table is not None and (flow, precision) not in table.flows(target.workload):
-            asked = f"batch {target.workload.batch}, prompt {target.workload.prompt}, tokens {target.workload.tokens}"
-            remarks.append(f"the table has no row of {flow} {precision} for {asked}: its latencies are estimated")
-        legal = []
-        for shape in shapes:
-            subnet = sizes_of(shape).padded
-            refused = families.refusal(subnet) or backend.refusal(subnet, precision, options)
-            refusals += [f"{shape} cannot be lowered to {flow} {precision}: {refused}"] if refused else []
-            legal += [] if refused else [shape]
-        found += candidates(
-            legal,
-            architecture,
-            own_sizes,
-            flow,
-            precision,
-            predict,
-            quality,
-            sizes_of,
-            backend.storage(precision),
-        )
-    if not found:
-        raise BadInput(f"{refusals[0]}; see whether another --flow or --precision takes it")
-    if measured_only:
-        found = [c for c in found if c.prediction.source != "estimated"]
-        if not found:
-            raise LatencyUnknown(
-                f"only estimates exist for '{target.device.name}'; run 'amoeba profile' there, or drop --measured-only"
-            )
-    return search(found, budget, target.workload), remarks

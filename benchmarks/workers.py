@@ -16,19 +16,19 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from amoeba_deploy.backends import load_backend
 from amoeba_deploy.errors import AmoebaError
-from amoeba_deploy.profiles.measure import Timing, run_once, timing
+from amoeba_deploy.profiles.measure import Run, Timing, run_once, summary
 from amoeba_deploy.profiles.workload import Workload
 
 
-@dataclass
-class Run:
-    """Seconds of a prefill and of each step after it, and of processor time in all."""
+@dataclass(frozen=True)
+class Work:
+    """A run, and the seconds of processor time that it took."""
 
-    first: float
-    steps: list[float]
+    run: Run
     processor: float
 
 
@@ -46,6 +46,7 @@ class Worker:
             env=os.environ | limited,
         )  # fmt: skip
         self.name = f"{flow} {precision}"
+        self.workload = workload
         self._answer()
 
     def _answer(self) -> dict[str, object]:
@@ -58,12 +59,13 @@ class Worker:
             raise AmoebaError(f"{self.name}: {answer['error']}")
         return answer
 
-    def run(self) -> Run:
+    def run(self) -> Work:
         """Run once: prefill and decode."""
         assert self._process.stdin is not None
         self._process.stdin.write("run\n")
         self._process.stdin.flush()
-        return Run(**self._answer())  # type: ignore[arg-type]
+        answer: dict[str, Any] = self._answer()
+        return Work(Run(answer["first"], tuple(answer["steps"])), answer["processor"])
 
     def close(self) -> None:
         """End the process."""
@@ -76,13 +78,13 @@ def measured(workers: Sequence[Worker], repeats: int) -> list[tuple[Timing, floa
     """Timings of workers taken in turn, after a warm-up of each, and the processor seconds of a median run."""
     for worker in workers:
         worker.run()
-    runs: list[list[Run]] = [[] for _ in workers]
+    runs: list[list[Work]] = [[] for _ in workers]
     for _ in range(repeats):
         for worker, done in zip(workers, runs, strict=True):
             done.append(worker.run())
     return [
-        (timing([(run.first, run.steps) for run in done]), sorted(run.processor for run in done)[len(done) // 2])
-        for done in runs
+        (summary([one.run for one in done], worker.workload), sorted(one.processor for one in done)[len(done) // 2])
+        for worker, done in zip(workers, runs, strict=True)
     ]
 
 
@@ -99,9 +101,9 @@ def main(arguments: list[str]) -> None:
     print("{}", file=answers, flush=True)
     for _ in sys.stdin:
         before = time.process_time()
-        first, steps = run_once(engine, int(vocabulary), Workload(1, int(prompt), int(tokens)))
-        run = Run(first, steps, time.process_time() - before)
-        print(json.dumps(run.__dict__), file=answers, flush=True)
+        run = run_once(engine, int(vocabulary), Workload(1, int(prompt), int(tokens)))
+        told = {"first": run.first, "steps": run.steps, "processor": time.process_time() - before}
+        print(json.dumps(told), file=answers, flush=True)
 
 
 if __name__ == "__main__":

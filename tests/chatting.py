@@ -15,7 +15,7 @@ from amoeba_deploy.backends.conformance import CONTEXT, random_llama
 from amoeba_deploy.checkpoint import Checkpoint
 from amoeba_deploy.export import Order, Phases, export
 from amoeba_deploy.model_folder import ModelFolder
-from amoeba_deploy.profiles.profiler import steps_of
+from amoeba_deploy.profiles.source import CheckpointSource
 from amoeba_deploy.profiles.workload import Workload
 from amoeba_deploy.shape import Shape
 
@@ -82,7 +82,8 @@ def build_bundle(checkpoint: Checkpoint, flow: str, output: Path, precision: str
     """A bundle of the whole model in a flow, its first precision unless told otherwise; not verified."""
     backend = load_backend(flow)
     chosen = precision or backend.precisions()[0]
-    plan = checkpoint.plan(Shape.parse(f"{checkpoint.architecture.depth}x1"), steps_of(checkpoint, backend, chosen))
+    steps = CheckpointSource(checkpoint).steps(backend, chosen)
+    plan = checkpoint.plan(Shape.parse(f"{checkpoint.architecture.depth}x1"), steps)
     options = options_for(backend, CONTEXT)
     order = Order(plan, flow, chosen, Workload(1, 16, 16), options, False, {"device": "local"})
     export(checkpoint, order, output, force=False, verify=False, phases=Phases(), progress=QUIET)

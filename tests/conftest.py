@@ -128,6 +128,9 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test measures for itself and leaves nothing behind."""
     monkeypatch.setenv("AMOEBA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    # How well latencies are known matters to few tests; those say how often to measure.
+    monkeypatch.setattr("amoeba_deploy.local_latency.FIRST_USE_SECONDS", 1.0)
+    monkeypatch.setattr("amoeba_deploy.export.MEASURE_SECONDS", 0.5)
 
 
 def save_random_model(folder: Path, family: str, **changes: Any) -> ModelFolder:

@@ -47,11 +47,15 @@ def export(
     amoeba export --device orin-nx --latency 40ms -o out
     amoeba export --device orin-nx --latency 40ms --flow all -o engines
     """
-    from amoeba_deploy import console
+    from amoeba_deploy import answer_text
     from amoeba_deploy.export_all import ALL, export_all
+    from amoeba_deploy.exported import export_answer
     from amoeba_deploy.files import check_target
-    from amoeba_deploy.request import Request, Space, export_answer
+    from amoeba_deploy.request import Request
+    from amoeba_deploy.several import one_device
+    from amoeba_deploy.space import Space
 
+    asked = one_device(asked)
     opened = open_named(checkpoint)
     if comma_list(asked["flow"]) == [ALL]:
         built = export_all(
@@ -65,12 +69,14 @@ def export(
             progress=Progress(quiet),
         )
         failure = built.failure()
-        emit(built.to_json(), as_json, lambda: console.print_all_exports(built))
+        emit(built.to_json(), as_json, lambda: answer_text.print_all_exports(built))
         if failure is not None:
             raise failure
         return
+    if shape is not None:
+        opened.plan_of(shape)  # a wrong shape is said before an output that is taken
     if output is not None:
         check_target(output, force, (opened.path, opened.model.path))
     request = Request.of(Space.of_checkpoint(opened), asked, Progress(quiet), shape)
     done = export_answer(opened, request, output, force=force, verify=not no_verify, text=verify_text)
-    emit(done.to_json(), as_json, lambda: console.print_export(done))
+    emit(done.to_json(), as_json, lambda: answer_text.print_export(done))

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Table to write.  [default: this machine's cache]"
 )
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw curves and heat maps into this .html or .png.")
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @click.option(
     "--as",
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     type=click.Choice(["md", "csv", "json", "jsonl"]),
     help="Print what was measured in llama-bench's words.",
 )
+@click.option("--config", help="Measure a model's shapes by its config, folder or hub id alone, with random weights.")
 @workload_options
 @output_options
 def profile(
@@ -61,8 +63,10 @@ def profile(
     budget: float,
     settings: tuple[tuple[str, str], ...],
     output: Path | None,
+    plot: Path | None,
     force: bool,
     form: Form | None,
+    config: str | None,
     batch: int,
     prompt: int,
     tokens: int,
@@ -75,14 +79,27 @@ def profile(
     \b
     amoeba profile --flow onnx --precision fp32,int4
     """
+    from amoeba_deploy.model_folder import resolve_config
     from amoeba_deploy.profiles import report
     from amoeba_deploy.profiles.local import profile_to
+    from amoeba_deploy.profiles.source import CheckpointSource, ConfigSource, Source
     from amoeba_deploy.profiles.workload import Workload
 
     if as_json and form is not None:
         raise BadInput("--json and --as both say how to print; give one of them")
+    if plot is not None:
+        from amoeba_deploy.pictures.page import check_page
+
+        check_page(plot, force)
+    if checkpoint is not None and config is not None:
+        raise BadInput("a checkpoint and --config both say what is profiled; give one of them")
+    source: Source
+    if config is None:
+        source = CheckpointSource(open_named(checkpoint))
+    else:
+        source = ConfigSource.of(resolve_config(config), config)
     done = profile_to(
-        open_named(checkpoint),
+        source,
         comma_list(flow),
         comma_list(precision),
         shapes,
@@ -96,6 +113,8 @@ def profile(
         force=force,
         progress=Progress(quiet),
     )
+    if plot is not None:
+        report.draw_profiled(done, plot, force)
     if form is not None:
         click.echo(done.bench_text(form), nl=False)
     else:

@@ -2,32 +2,130 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from amoeba_deploy.commands.common import emit, open_named
-from amoeba_deploy.options import checkpoint_argument, output_options, search_options, workload_options
+from amoeba_deploy.errors import AmoebaError, BadInput
+from amoeba_deploy.options import Front, checkpoint_argument, output_options, search_options, workload_options
 from amoeba_deploy.progress import Progress
+
+if TYPE_CHECKING:
+    from amoeba_deploy.request import Answer
+
+SHOWN = 5
+"""Shapes that are shown where nothing else is said."""
 
 
 @click.command()
 @checkpoint_argument
 @search_options
 @click.option("--config", type=click.Path(path_type=Path), help="Search a model's shapes from its config alone.")
-@click.option("--top", type=click.IntRange(1), default=5, show_default=True, help="Shapes to show.")
+@click.option("--top", type=click.IntRange(1), help=f"Shapes to show.  [default: {SHOWN}]")
+@click.option("--front", type=Front(), help="What the front weighs, two of tpot, ttft, e2e, memory, size and loss.")
+@click.option(
+    "--method",
+    type=click.Choice(["hierarchical", "exhaustive", "evolutionary"]),
+    default="exhaustive",
+    show_default=True,
+    help="How shapes are searched: a coarse grid and finer ones around the best, all of them, or by mutation.",
+)
+@click.option("--measure", is_flag=True, help="With --method hierarchical on this machine: measure what it asks for.")
+@click.option("--measure-quality", is_flag=True, help="Evaluate the best 3 shapes (or --top) and rank them by that.")
+@click.option("--quality-text", type=click.Path(path_type=Path), help="The text that --measure-quality is about.")
+@click.option("--any-text", is_flag=True, help="Let --quality-text differ from the checkpoint's own.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw the front into this .html or .png file.")
+@click.option("--force", is_flag=True, help="Replace an existing picture.")
 @workload_options
 @output_options
-def search(checkpoint: Path | None, config: Path | None, top: int, as_json: bool, quiet: bool, **asked: Any) -> None:
+def search(
+    checkpoint: Path | None,
+    config: Path | None,
+    top: int | None,
+    measure_quality: bool,
+    quality_text: Path | None,
+    any_text: bool,
+    plot: Path | None,
+    force: bool,
+    as_json: bool,
+    quiet: bool,
+    **asked: Any,
+) -> None:
     """Find the best shape for a device within a budget, and the Pareto front.
+
+    With several devices one answer for each, and the best shape for all of them.
 
     \b
     amoeba search --device orin-nx --latency 40ms --config llama-2-7b/config.json --precision int4
+    amoeba search --device orin-nx --ttft 200ms --size 4MB --front size,loss
+    amoeba search --device local --latency 2ms --method hierarchical --measure
     """
-    from amoeba_deploy import console
-    from amoeba_deploy.request import Request, Space
+    from amoeba_deploy import answer_text
+    from amoeba_deploy.measured_quality import TOP, QualityCheck, with_measured_quality
+    from amoeba_deploy.request import Request, require_measurable
+    from amoeba_deploy.several import SeveralAnswers, asked_of_each, of_device
+    from amoeba_deploy.space import Space
 
+    if plot is not None:
+        from amoeba_deploy.pictures.page import check_page
+
+        check_page(plot, force)
+    each = asked_of_each(asked)
+    _check_methods(asked, [one["device"] for one in each])
     space = Space.of_config(config) if config else Space.of_checkpoint(open_named(checkpoint))
-    answer = Request.of(space, asked, Progress(quiet)).answer()
-    emit(answer.to_json(), as_json, lambda: console.print_search(answer, top))
+    if asked["measure"]:
+        require_measurable(space)
+    if quality_text is not None and not measure_quality:
+        raise BadInput("--quality-text is the text of --measure-quality; give both")
+    check = QualityCheck.of(space.checkpoint, quality_text, any_text) if measure_quality else None
+    answers: list[Answer] = []
+    for one in each:
+        try:
+            answer = Request.of(space, one, Progress(quiet)).answer()
+            answers.append(answer if check is None else with_measured_quality(answer, check, top or TOP))
+        except AmoebaError as error:
+            if len(each) == 1:
+                raise
+            raise of_device(one["device"], error) from None
+    if plot is not None:
+        _draw(answers, plot, force)
+    shown = top or SHOWN
+    if len(answers) == 1:
+        emit(answers[0].to_json(shown), as_json, lambda: answer_text.print_search(answers[0], shown))
+        return
+    several = SeveralAnswers.of(answers)
+    emit(several.to_json(shown), as_json, lambda: answer_text.print_several(several, shown))
+
+
+def _draw(answers: Sequence[Answer], file: Path, force: bool) -> None:
+    """Write the fronts of some answers as a picture."""
+    from amoeba_deploy.pictures.front import front_of, front_section
+    from amoeba_deploy.pictures.page import write_page
+
+    fronts = [
+        front_of(
+            answer.request.target.device.name,
+            answer.result.found,
+            answer.best,
+            answer.request.budget,
+            answer.request.target.workload.tokens,
+        )
+        for answer in answers
+    ]
+    write_page(file, f"Latency and quality of {answers[0].request.space.name}", [front_section(fronts)], force)
+    answers[0].request.progress.say(f"drawn: {file}")
+
+
+def _check_methods(asked: dict[str, Any], devices: list[str]) -> None:
+    """Raise BadInput where a method cannot be used as asked."""
+    if asked["method"] == "evolutionary":
+        raise BadInput("--method evolutionary needs --quality-text")  # the one place where it is to be wired
+    if not asked["measure"]:
+        return
+    if asked["method"] != "hierarchical":
+        raise BadInput("--measure measures what a hierarchical search asks for; add --method hierarchical")
+    if asked["table"] or devices != ["local"]:
+        raise BadInput("--measure measures on this machine; give --device local alone, and no --table")

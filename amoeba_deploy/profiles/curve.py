@@ -40,7 +40,9 @@ Point = tuple[Architecture, float]
 COVERED = 0.9
 """The share of predictions that should lie within their interval."""
 PREFERRED = 1.1
-"""A simpler model is kept while its held-out error is at most this much larger."""
+"""A simpler model is kept while its held-out error is at most this much larger,"""
+NEGLIGIBLE = 0.002
+"""or larger by this at most."""
 FEWEST = 5
 """Points from which held-out errors mean something; from fewer, the additive part is all that is fitted."""
 _FAMILIES = ((0, 1, 2), (0, 1, 3, 4))
@@ -209,7 +211,9 @@ class Curve:
             ]
             tried.append((float(np.mean(np.abs(residuals))), kind, make, residuals))
         least = min(error for error, *_ in tried)
-        _, self.kind, make, self._residuals = next(entry for entry in tried if entry[0] <= PREFERRED * least)
+        _, self.kind, make, self._residuals = next(
+            entry for entry in tried if entry[0] <= PREFERRED * least + NEGLIGIBLE
+        )
         self._function = make(self._points, self.trend)
         self.additive_held_out = _held_out(tried[0][3])
 

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from amoeba_deploy.architecture import Architecture
 from amoeba_deploy.backends import load_backend
 from amoeba_deploy.backends.backend import options_for, require_toolchain
-from amoeba_deploy.checkpoint import Checkpoint
 from amoeba_deploy.errors import BadInput
 from amoeba_deploy.files import check_new_file
 from amoeba_deploy.profiles.bench_words import Form, bench_text
 from amoeba_deploy.profiles.device import load_device
 from amoeba_deploy.profiles.latency_model import LatencyModel
+from amoeba_deploy.profiles.prediction import Prediction
 from amoeba_deploy.profiles.profiler import (
     BUDGET_SECONDS,
     LOCAL,
@@ -25,8 +23,8 @@ from amoeba_deploy.profiles.profiler import (
     local_table_file,
     profile,
     refusal_of,
-    steps_of,
 )
+from amoeba_deploy.profiles.source import Source
 from amoeba_deploy.profiles.spread import corner_shapes, grid_shapes, spread_shapes
 from amoeba_deploy.profiles.table import Row, Table, write_table
 from amoeba_deploy.profiles.workload import Workload
@@ -45,7 +43,7 @@ RULES: Mapping[str, Callable[[Sequence[Shape]], list[Shape]]] = {
 class Profiled:
     """What was measured: the whole table that it went into, that table's file, and the engines and workload."""
 
-    checkpoint: Checkpoint
+    source: Source
     table: Table
     file: Path
     rows: tuple[Row, ...]
@@ -56,8 +54,8 @@ class Profiled:
     settings: Mapping[str, str]
 
     def _sizes(self, flow: str, precision: str) -> Callable[[Shape], Architecture]:
-        steps = steps_of(self.checkpoint, load_backend(flow), precision)
-        return lambda shape: self.checkpoint.sized(shape, steps)
+        steps = self.source.steps(load_backend(flow), precision)
+        return lambda shape: self.source.sized(shape, steps)
 
     def models(self) -> dict[str, LatencyModel]:
         """How all other shapes are predicted, by flow and precision."""
@@ -66,6 +64,16 @@ class Profiled:
             f"{flow} {precision}": own.model(self._sizes(flow, precision), flow, precision, self.workload)
             for flow, precision in self.pairs
         }
+
+    def predictors(self) -> dict[Pair, Callable[[Shape], Prediction]]:
+        """The latency of any shape, by flow and precision."""
+        own = self.table.selected(self.context, self.settings)
+        return {pair: own.predictor(self._sizes(*pair), *pair, self.workload) for pair in self.pairs}
+
+    def shapes(self) -> list[Shape]:
+        """The whole shape space, and what was measured beside it."""
+        measured = [row.shape for row in self.table.rows if (row.flow, row.precision) in self.pairs]
+        return list(dict.fromkeys([*self.source.shapes(), *measured]))
 
     def bench_text(self, form: Form) -> str:
         """The rows of this time in llama-bench's words."""
@@ -94,23 +102,23 @@ def ready_combinations(flows: Sequence[str], precisions: Sequence[str]) -> list[
     return pairs
 
 
-def shapes_named(checkpoint: Checkpoint, text: str, flow: str, precision: str) -> list[Shape]:
+def shapes_named(source: Source, text: str, flow: str, precision: str) -> list[Shape]:
     """The shapes of ``--shapes``: those that a rule chooses of all that an engine takes, or a list.
 
     Shapes of a list that are the same subnet for the engine are measured once.
     """
-    steps = steps_of(checkpoint, load_backend(flow), precision)
+    steps = source.steps(load_backend(flow), precision)
     if text in RULES:
-        return RULES[text](checkpoint.shapes(steps))
+        return RULES[text](source.shapes(steps))
     distinct: dict[Architecture, Shape] = {}
     for shape in (Shape.parse(part) for part in text.split(",")):
-        checkpoint.plan(shape)
-        distinct.setdefault(checkpoint.sized(shape, steps), shape)
+        source.check(shape)
+        distinct.setdefault(source.sized(shape, steps), shape)
     return list(distinct.values())
 
 
 def profile_to(
-    checkpoint: Checkpoint,
+    source: Source,
     flows: Sequence[str],
     precisions: Sequence[str],
     shapes: str,
@@ -136,17 +144,15 @@ def profile_to(
         raise BadInput(f"--device {device} names the machine in a table for others; give -o FILE to write it to")
     if output is not None:
         check_new_file(output, force)
-    checkpoint.require_whole_blocks()
-    checkpoint.require_scores()
     pairs = ready_combinations(flows, precisions)
     if settings and len({flow for flow, _ in pairs}) > 1:
         raise BadInput("--set is of one engine, and several flows would be measured; name one with --flow")
-    positions = workload.context_for(checkpoint.architecture.context, context)
-    wanted: Mapping[Pair, Sequence[Shape]] = {pair: shapes_named(checkpoint, shapes, *pair) for pair in pairs}
+    positions = workload.context_for(source.architecture.context, context)
+    wanted: Mapping[Pair, Sequence[Shape]] = {pair: shapes_named(source, shapes, *pair) for pair in pairs}
     if not precisions:
-        wanted = _without_refused(checkpoint, wanted, positions, workload.batch, settings, progress)
+        wanted = _without_refused(source, wanted, positions, workload.batch, settings, progress)
     table = profile(
-        checkpoint,
+        source,
         wanted,
         workload,
         positions,
@@ -156,28 +162,28 @@ def profile_to(
         settings=settings,
         progress=progress,
     )
-    rows, file = table.rows, output or local_table_file(checkpoint)
+    rows, file = table.rows, output or local_table_file(source)
     if output is None:
-        table = remember(checkpoint, table)
+        table = remember(source, table)
     else:
         write_table(output, table, force)
     pairs = list(wanted)
     chosen = dict(rows[0].settings)
-    return Profiled(checkpoint, table, file, rows, tuple(pairs), workload, positions, chosen)
+    return Profiled(source, table, file, rows, tuple(pairs), workload, positions, chosen)
 
 
-def remember(checkpoint: Checkpoint, table: Table) -> Table:
+def remember(source: Source, table: Table) -> Table:
     """Add what was measured to this machine's table in the cache; returns the whole of it."""
-    known = local_table(checkpoint)
+    known = local_table(source)
     if known is not None:
         facts = table.facts | {"runs": [*known.facts.get("runs", []), *table.facts.get("runs", [])]}
         table = replace(known, facts=facts).merged(table.rows)
-    write_table(local_table_file(checkpoint), table, force=True)
+    write_table(local_table_file(source), table, force=True)
     return table
 
 
 def _without_refused(
-    checkpoint: Checkpoint,
+    source: Source,
     wanted: Mapping[Pair, Sequence[Shape]],
     context: int,
     batch: int,
@@ -192,7 +198,7 @@ def _without_refused(
     kept = {}
     for (flow, precision), shapes in wanted.items():
         options = options_for(load_backend(flow), context, batch, settings=settings)
-        refused = refusal_of(checkpoint, flow, precision, shapes, options)
+        refused = refusal_of(source, flow, precision, shapes, options)
         if refused:
             progress.say(f"left out {flow} {precision}: it refuses {refused}")
         else:
@@ -201,24 +207,3 @@ def _without_refused(
         flows = ", ".join(dict.fromkeys(flow for flow, _ in wanted))
         raise BadInput(f"no precision of {flows} can be measured here; the reasons stand above")
     return kept
-
-
-def table_with(
-    checkpoint: Checkpoint,
-    pairs: Sequence[Pair],
-    workload: Workload,
-    context: int,
-    progress: Progress,
-    settings: Mapping[str, str] | None = None,
-) -> Table:
-    """This machine's table with rows for all pairs under a workload; what is missing is measured now."""
-    table = local_table(checkpoint)
-    known = table.selected(context, settings or {}).flows(workload) if table else set()
-    missing = [pair for pair in pairs if pair not in known]
-    for flow, group in itertools.groupby(missing, key=lambda pair: pair[0]):
-        precisions = [precision for _, precision in group]
-        progress.say(f"profiling {flow} {', '.join(precisions)} on this machine (first use; remembered afterwards)")
-        about: dict[str, Any] = {"settings": settings, "progress": progress}
-        table = profile_to(checkpoint, [flow], precisions, "spread", workload, context, **about).table
-    assert table is not None, "a request names at least one flow"
-    return table

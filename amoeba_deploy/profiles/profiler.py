@@ -16,24 +16,23 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from amoeba_deploy import __version__
+from amoeba_deploy.architecture import Architecture
 from amoeba_deploy.backends import load_backend
 from amoeba_deploy.backends.backend import (
-    Backend,
     BuildOptions,
     check_precision,
     chosen_settings,
     options_for,
 )
-from amoeba_deploy.checkpoint import Checkpoint
 from amoeba_deploy.errors import AmoebaError, BadInput
 from amoeba_deploy.files import cache_folder, folder_bytes
-from amoeba_deploy.lowering import lower_plan
-from amoeba_deploy.plan import Steps
 from amoeba_deploy.profiles.machine import conditions, fingerprint, machine_facts, threads
 from amoeba_deploy.profiles.measure import Subject, measure, peak_memory
+from amoeba_deploy.profiles.sizes import SIZES, sizes_to_json
+from amoeba_deploy.profiles.source import Source
 from amoeba_deploy.profiles.table import Row, Table, measured_row, read_table
 from amoeba_deploy.profiles.workload import Workload
 from amoeba_deploy.progress import Progress
@@ -45,6 +44,15 @@ ROOM_SHARE = 0.5
 """Of the free memory, what engines that are open together may take; and of the free disk, what artefacts may."""
 OPEN_SHARE = 1.5
 """What an open engine takes of memory for each byte of its artefact: some engines pack weights anew."""
+
+
+class Modelled(Protocol):
+    """What a table can be of."""
+
+    @property
+    def architecture(self) -> Architecture:
+        """Sizes of the full model."""
+        ...
 
 
 Pair = tuple[str, str]
@@ -64,14 +72,19 @@ class Item:
         return f"{self.flow} {self.precision} {self.shape}"
 
 
-def local_table_file(checkpoint: Checkpoint) -> Path:
+def local_table_file(source: Modelled) -> Path:
     """Where this machine's measurements of this architecture are cached."""
-    return cache_folder() / "tables" / f"{fingerprint()}-{checkpoint.architecture.digest[:16]}.json"
+    return cache_folder() / "tables" / f"{fingerprint()}-{source.architecture.digest[:16]}.json"
 
 
-def local_table(checkpoint: Checkpoint) -> Table | None:
+def local_files() -> list[Path]:
+    """The tables of this machine in the cache, of any model, sorted by name."""
+    return sorted((cache_folder() / "tables").glob(f"{fingerprint()}-*.json"))
+
+
+def local_table(source: Modelled) -> Table | None:
     """This machine's cached rows of engines that have not changed their versions since, or None."""
-    file = local_table_file(checkpoint)
+    file = local_table_file(source)
     if not file.exists():
         return None
     table = read_table(file)
@@ -98,7 +111,7 @@ def engine_versions() -> dict[str, str]:
     return dict(sorted(versions.items()))
 
 
-def empty_table(checkpoint: Checkpoint, context: int, device: str = LOCAL) -> Table:
+def empty_table(source: Modelled, context: int, device: str = LOCAL) -> Table:
     """A table with this machine's header and no rows; ``device`` is what this machine is called in the catalogue."""
     facts = {
         "machine": machine_facts() | {"fingerprint": fingerprint(), "threads": threads()},
@@ -106,22 +119,16 @@ def empty_table(checkpoint: Checkpoint, context: int, device: str = LOCAL) -> Ta
         "tool": f"amoeba-deploy {__version__}",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "context": context,
+        SIZES: sizes_to_json(source.architecture),
     }
-    return Table(device, checkpoint.architecture.digest, facts, ())
+    return Table(device, source.architecture.digest, facts, ())
 
 
-def steps_of(checkpoint: Checkpoint, backend: Backend, precision: str) -> Steps:
-    """The numbers of heads and neurons of a checkpoint's subnets that an engine takes."""
-    return backend.takes.steps(checkpoint.architecture, checkpoint.multiple, precision, checkpoint.bias)
-
-
-def refusal_of(
-    checkpoint: Checkpoint, flow: str, precision: str, shapes: Sequence[Shape], options: BuildOptions
-) -> str | None:
+def refusal_of(source: Source, flow: str, precision: str, shapes: Sequence[Shape], options: BuildOptions) -> str | None:
     """The first of the shapes that cannot be measured here in a flow and precision, with the reason, or None."""
     backend = load_backend(flow)
     for shape in shapes:
-        sizes = checkpoint.sized(shape, steps_of(checkpoint, backend, precision))
+        sizes = source.sized(shape, source.steps(backend, precision))
         refused = backend.refusal(sizes, precision, options) or backend.cannot_run(precision, options)
         if refused:
             return f"the shape {shape}: {refused}"
@@ -129,7 +136,7 @@ def refusal_of(
 
 
 def profile(
-    checkpoint: Checkpoint,
+    source: Source,
     wanted: Mapping[Pair, Sequence[Shape]],
     workload: Workload,
     context: int,
@@ -143,7 +150,7 @@ def profile(
     """Measure shapes on this machine.
 
     Args:
-        checkpoint: what the engines are built from.
+        source: what the engines are built from.
         wanted: the shapes to measure in each flow and precision.
         workload: batch, prompt and tokens.
         context: positions that the engines provide for.
@@ -161,17 +168,17 @@ def profile(
         backend = load_backend(flow)
         check_precision(backend, precision)
         options = options_for(backend, context, workload.batch, settings=settings)
-        refused = refusal_of(checkpoint, flow, precision, shapes, options)
+        refused = refusal_of(source, flow, precision, shapes, options)
         if refused:
             raise BadInput(f"the flow '{flow}' refuses {refused}")
         items += [Item(flow, precision, shape, options) for shape in shapes]
-    began, before, table = time.perf_counter(), conditions(), empty_table(checkpoint, context, device)
+    began, before, table = time.perf_counter(), conditions(), empty_table(source, context, device)
     rows: list[Row] = []
     random.Random(0).shuffle(items)  # so that batches differ in nothing but their turn
-    for batch in _batches(checkpoint, items):
+    for batch in _batches(source, items):
         done = len(rows)
         deadline = began + budget * (done + len(batch)) / len(items)
-        rows += _measured(checkpoint, batch, workload, repeats, deadline, progress)
+        rows += measured_rows(source, batch, workload, repeats, deadline, progress)
     run = {
         "date": table.facts["date"],
         "engines": [f"{flow} {precision}" for flow, precision in wanted],
@@ -184,7 +191,7 @@ def profile(
     return replace(table, facts=table.facts | {"runs": [run]}).merged(rows)
 
 
-def _batches(checkpoint: Checkpoint, items: Sequence[Item]) -> list[list[Item]]:
+def _batches(source: Source, items: Sequence[Item]) -> list[list[Item]]:
     """The items in groups whose artefacts lie on the disk together; one at least is in each."""
     room = ROOM_SHARE * shutil.disk_usage(tempfile.gettempdir()).free
     batches: list[list[Item]] = []
@@ -192,7 +199,7 @@ def _batches(checkpoint: Checkpoint, items: Sequence[Item]) -> list[list[Item]]:
     for item in items:
         storage = load_backend(item.flow).storage(item.precision)
         # While it is built, its dense subnet lies beside it.
-        need = 3 * storage.weight_bytes(checkpoint.sized(item.shape))
+        need = 3 * storage.weight_bytes(source.sized(item.shape))
         if taken + need > room:
             batches.append([])
             taken = 0.0
@@ -201,24 +208,24 @@ def _batches(checkpoint: Checkpoint, items: Sequence[Item]) -> list[list[Item]]:
     return batches
 
 
-def _measured(
-    checkpoint: Checkpoint,
+def measured_rows(
+    source: Source,
     items: Sequence[Item],
     workload: Workload,
     repeats: int | None,
     deadline: float,
     progress: Progress,
 ) -> list[Row]:
-    """Build, weigh and measure engines together."""
+    """Build, weigh and measure engines together; one row for each, in their order."""
     import psutil
 
-    vocabulary = checkpoint.architecture.vocabulary
+    vocabulary = source.architecture.vocabulary
     with tempfile.TemporaryDirectory(prefix="amoeba-profile-") as work:
         folders = [Path(work) / str(number) for number in range(len(items))]
         progress.say(f"building {len(items)} engines: {_named(items)}")
         with progress.bar("build", len(items)) as step:
             for item, folder in zip(items, folders, strict=True):
-                _build(checkpoint, item, folder)
+                _build(source, item, folder)
                 step(str(item))
         with progress.bar("memory", len(items)) as step:
             peaks = []
@@ -249,12 +256,11 @@ def _named(items: Sequence[Item]) -> str:
     return ", ".join(sorted({f"{item.flow} {item.precision}" for item in items}))
 
 
-def _build(checkpoint: Checkpoint, item: Item, artefact: Path) -> None:
+def _build(source: Source, item: Item, artefact: Path) -> None:
     backend = load_backend(item.flow)
     artefact.mkdir()
-    plan = checkpoint.plan(item.shape, steps_of(checkpoint, backend, item.precision))
     with tempfile.TemporaryDirectory(prefix="amoeba-dense-") as dense:
-        lower_plan(checkpoint, plan, backend, item.precision, item.options, artefact, Path(dense))
+        source.lower(item.shape, backend, item.precision, item.options, artefact, Path(dense))
 
 
 def _open(item: Item, artefact: Path) -> Any:

@@ -100,3 +100,13 @@ def print_profiled(done: Profiled) -> None:
     """What the table holds now, and how well it predicts."""
     print_table(done.table, done.file)
     print_models(done.models())
+
+
+def draw_profiled(done: Profiled, file: Path, force: bool) -> None:
+    """Write curves and heat maps of what was measured and of what is predicted from it, as a picture."""
+    from amoeba_deploy.pictures.page import write_page
+    from amoeba_deploy.pictures.table import table_sections
+
+    sections = table_sections(done.predictors(), done.workload.tokens, done.shapes())
+    write_page(file, f"Latency of {done.source.name} on {done.table.device}", sections, force)
+    click.echo(f"drawn: {file}", err=True)
