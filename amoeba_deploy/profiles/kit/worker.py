@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from amoeba_deploy.backends import load_backend
 from amoeba_deploy.backends.backend import Counts, Engine, Ids
-from amoeba_deploy.errors import AmoebaError
+from amoeba_deploy.errors import AmoebaError, ToolchainMissing
 from amoeba_deploy.profiles.kit.form import Item, Kit, read_kit
 from amoeba_deploy.profiles.kit.results import FILE, RESULTS, Journal, State
 from amoeba_deploy.profiles.measure import Run, Stopped, Subject, measure
@@ -52,6 +52,9 @@ def error_of(error: Exception) -> dict[str, object]:
     """What a line of the results says of a failure."""
     if isinstance(error, AmoebaError):
         return {"error": str(error), "error_code": error.exit_code}
+    if isinstance(error, ModuleNotFoundError):
+        missing = f"the Python package {error.name} is not installed; run pip install {error.name}"
+        return {"error": missing, "error_code": ToolchainMissing.exit_code}
     said = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
     return {"error": f"unexpected {type(error).__name__}: {said:.300}", "error_code": 1}
 
