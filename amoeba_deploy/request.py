@@ -341,7 +341,10 @@ class Answer:
         facts, request = self.facts(), self.request
         if self.best.quality.metric == "loss":
             facts["quality"] |= {"held_out": self.held_out}
-        descent = {"levels": [level.to_json() for level in self.levels], "gap": None if self.gap is None else round(self.gap, 6)}
+        descent = {
+            "levels": [level.to_json() for level in self.levels],
+            "gap": None if self.gap is None else round(self.gap, 6),
+        }
         return facts | {
             "method": request.method,
             **(descent if self.levels else {}),

@@ -1,4 +1,4 @@
-"""Hierarchical search: few shapes asked for, the best found or the gap to it stated; with invented and real latencies."""
+"""Hierarchical search: few shapes asked for, the best found or the gap to it stated; latencies invented and real."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_where_the_smallest_shape_is_too_slow_nothing_more_is_asked_for() -> Non
     budget = Budget("tpot", 0.5, None)
     descent = descend(device, budget)
     assert len(device.asked) == 9
-    with pytest.raises(NoShapeFits, match="closest is 12x0.5"):
+    with pytest.raises(NoShapeFits, match=r"closest is 12x0\.5"):
         search(descent.asked, budget, WORKLOAD)
 
 
