@@ -34,7 +34,7 @@ def known(checkpoint: Checkpoint, *shapes: str, settings: dict[str, str] | None 
     ]
     for row in made:
         object.__setattr__(row, "settings", settings or {})
-    write_table(local_table_file(checkpoint), empty_table(checkpoint, 32).merged(made))
+    write_table(local_table_file(checkpoint), empty_table(checkpoint, 32).merged(made), force=True)
 
 
 def test_a_named_shape_is_measured_alone_and_once(checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -49,12 +49,22 @@ def test_a_named_shape_is_measured_alone_and_once(checkpoint: Checkpoint, tmp_pa
     assert (tmp_path / "a" / "manifest.json").read_bytes() == (tmp_path / "b" / "manifest.json").read_bytes()
 
 
-def test_one_measured_shape_does_not_stand_for_all_in_a_search(checkpoint: Checkpoint) -> None:
+def test_one_measured_shape_does_not_stand_for_all_in_a_search(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a grid takes to measure is tested elsewhere (test_measured.py); here it is asked for, and once."""
+    asked = []
+
+    def profile(_checkpoint: Checkpoint, *what: object, **_more: object) -> None:
+        asked.append(what)
+        known(checkpoint, *map(str, checkpoint.shapes()))
+
+    monkeypatch.setattr("amoeba_deploy.local_latency.profile_to", profile)
     known(checkpoint, "2x0.67")
-    done = amoeba("search", checkpoint.path, *HERE, "--latency", "10s", "--json")
-    assert done.exit_code == 0, done.output
-    assert "profiling onnx fp32 on this machine" in done.stderr
-    assert len(rows(checkpoint)) > 4
+    for _ in range(2):
+        done = amoeba("search", checkpoint.path, *HERE, "--latency", "10s", "--json")
+        assert done.exit_code == 0, done.output
+    assert asked == [(["onnx"], ["fp32"], "grid", Workload(1, 8, 4), 32)]
 
 
 def test_where_the_corners_are_measured_nothing_more_is(checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -64,7 +74,7 @@ def test_where_the_corners_are_measured_nothing_more_is(checkpoint: Checkpoint, 
     known(checkpoint, *corners)
     found = amoeba("search", checkpoint.path, *HERE, "--latency", "10s", "--json")
     assert found.stderr == ""
-    named = ("--shape", "2x0.67", "--no-verify", "--json", "-o", tmp_path / "out")
+    named = ("--shape", "3x0.67", "--no-verify", "--json", "-o", tmp_path / "out")
     made = amoeba("export", checkpoint.path, *HERE, *named)
     assert "profiling" not in made.stderr
     assert json.loads(made.stdout)["predicted"]["source"] == "interpolated"
