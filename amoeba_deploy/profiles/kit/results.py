@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from amoeba_deploy.errors import BadInput, ToolchainMissing
+from amoeba_deploy.errors import BadInput
 from amoeba_deploy.profiles.kit.form import Item, Kit, read_head
 from amoeba_deploy.profiles.measure import Run
 from amoeba_deploy.profiles.workload import Workload
@@ -48,8 +48,8 @@ class State:
 
     @property
     def settled(self) -> bool:
-        """Whether another start of the runner leaves it alone; what lacked its engine is tried again."""
-        return self.measured or (self.error is not None and self.error_code != ToolchainMissing.exit_code)
+        """Whether there is nothing more to do for it."""
+        return self.measured or self.error is not None
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Take in one line."""

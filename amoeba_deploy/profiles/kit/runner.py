@@ -65,7 +65,10 @@ class Runner:
         return dict(sorted(found.items()))
 
     def settle_earlier(self, redo: Sequence[str] | None) -> None:
-        """Forget what is to be measured again, and take note of the item at which an earlier start ended."""
+        """Forget what is to be measured again, and take note of the item at which an earlier start ended.
+
+        What lacked its engine's package is tried again by itself.
+        """
         states = self._states()
         for item in self.kit.items:
             asked = redo is not None and (not redo or item.id in redo)
