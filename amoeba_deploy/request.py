@@ -12,7 +12,7 @@ from typing import Any
 from amoeba_deploy.entrants import Choices, Entrants, entrants_of, require_measured
 from amoeba_deploy.errors import BadInput
 from amoeba_deploy.export import Phases
-from amoeba_deploy.files import sha256_of
+from amoeba_deploy.files import sha256_of, whole_file, write_json
 from amoeba_deploy.local_latency import measured_shapes, named_table, searched_table
 from amoeba_deploy.options import comma_list
 from amoeba_deploy.plan import Plan
@@ -302,6 +302,14 @@ class Answer:
     def best(self) -> Candidate:
         """The chosen shape."""
         return self.result.best
+
+    def write_plan(self, file: Path, force: bool = False) -> None:
+        """Write the plan of the chosen shape in sizes that its engine takes; only of a checkpoint's."""
+        space, best = self.request.space, self.best
+        assert space.checkpoint is not None, "the command asked for a checkpoint"
+        plan = space.checkpoint.plan(best.shape, space.steps(best.flow, best.precision))
+        with whole_file(file, force) as work:
+            write_json(work, plan.to_json())
 
     @property
     def held_out(self) -> dict[str, float] | None:

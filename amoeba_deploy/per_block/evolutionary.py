@@ -70,7 +70,7 @@ def _run(problem: Problem, seeds: Sequence[Choices], seed: int, population: int,
             "the evolutionary search needs pymoo, which is not installed; run pip install 'amoeba-deploy[search]', "
             "or take the method exact"
         ) from None
-    state = np.random.get_state()  # noqa: NPY002 - pymoo seeds and draws from the process's own generator
+    state = np.random.get_state()
     try:
         algorithm = NSGA2(
             pop_size=population,
@@ -82,7 +82,7 @@ def _run(problem: Problem, seeds: Sequence[Choices], seed: int, population: int,
         done = minimize(_pymoo_problem(problem), algorithm, ("n_gen", generations), seed=seed, verbose=False)
         return np.asarray(np.rint(done.pop.get("X")), np.int64)
     finally:
-        np.random.set_state(state)  # noqa: NPY002
+        np.random.set_state(state)
 
 
 def _first(problem: Problem, seeds: Sequence[Choices], seed: int, population: int) -> Integers:
