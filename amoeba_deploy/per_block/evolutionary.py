@@ -70,7 +70,7 @@ def _run(problem: Problem, seeds: Sequence[Choices], seed: int, population: int,
             "the evolutionary search needs pymoo, which is not installed; run pip install 'amoeba-deploy[search]', "
             "or take the method exact"
         ) from None
-    state = np.random.get_state()  # noqa: NPY002 - pymoo seeds and draws from the process's own generator
+    state = np.random.get_state()
     try:
         algorithm = NSGA2(
             pop_size=population,
@@ -82,13 +82,15 @@ def _run(problem: Problem, seeds: Sequence[Choices], seed: int, population: int,
         done = minimize(_pymoo_problem(problem), algorithm, ("n_gen", generations), seed=seed, verbose=False)
         return np.asarray(np.rint(done.pop.get("X")), np.int64)
     finally:
-        np.random.set_state(state)  # noqa: NPY002
+        np.random.set_state(state)
 
 
 def _first(problem: Problem, seeds: Sequence[Choices], seed: int, population: int) -> Integers:
     """The first generation: the seeds, evenly thinned where there are too many, then random choices of all widths."""
-    kept = [seeds[round(i * (len(seeds) - 1) / max(population // 2 - 1, 1))] for i in range(population // 2)]
-    given = list(dict.fromkeys(kept if len(seeds) > population // 2 else seeds))
+    most = population // 2
+    if len(seeds) > most:
+        seeds = [seeds[round(place * (len(seeds) - 1) / max(most - 1, 1))] for place in range(most)]
+    given = list(dict.fromkeys(seeds))
     rng = np.random.default_rng(seed)
     count, last = population - len(given), problem.options - 1
     # A level for each choice, or all of them would be about half as wide as the model.

@@ -15,7 +15,7 @@ import numpy as np
 from amoeba_deploy.backends import load_backend
 from amoeba_deploy.backends.backend import options_for
 from amoeba_deploy.checkpoint import Checkpoint
-from amoeba_deploy.errors import BadInput, NoShapeFits
+from amoeba_deploy.errors import BadInput
 from amoeba_deploy.evaluation import SEQUENCE, Ids, text_loss, text_rows, torch_logits
 from amoeba_deploy.extraction.folder import check_plan, extract
 from amoeba_deploy.files import whole_file, write_json
