@@ -87,8 +87,10 @@ def _run(problem: Problem, seeds: Sequence[Choices], seed: int, population: int,
 
 def _first(problem: Problem, seeds: Sequence[Choices], seed: int, population: int) -> Integers:
     """The first generation: the seeds, evenly thinned where there are too many, then random choices of all widths."""
-    kept = [seeds[round(i * (len(seeds) - 1) / max(population // 2 - 1, 1))] for i in range(population // 2)]
-    given = list(dict.fromkeys(kept if len(seeds) > population // 2 else seeds))
+    most = population // 2
+    if len(seeds) > most:
+        seeds = [seeds[round(place * (len(seeds) - 1) / max(most - 1, 1))] for place in range(most)]
+    given = list(dict.fromkeys(seeds))
     rng = np.random.default_rng(seed)
     count, last = population - len(given), problem.options - 1
     # A level for each choice, or all of them would be about half as wide as the model.

@@ -1,4 +1,4 @@
-"""The exact optimum: dynamic programming over blocks, with lists of partial choices that dominance and bounds keep short.
+"""The exact optimum: dynamic programming over blocks, with lists of partial choices kept short by dominance and bounds.
 
 A list holds partial choices of the first k blocks as (costs, rise). A partial choice goes where another one costs no
 more and rises no more (dominance; Nemhauser and Ullmann, Discrete dynamic programming and capital allocation,

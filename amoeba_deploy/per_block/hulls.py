@@ -112,8 +112,9 @@ class Relaxation:
             before[place], at[index] = at[index], end
         change = values[blocks, ends] - values[blocks, before]
         own = blocks >= block
-        start = values[np.arange(block, len(values)), self.starts[block:]].sum()
-        return np.concatenate([[0.0], np.cumsum(change[own])]) + start
+        start = float(values[np.arange(block, len(values)), self.starts[block:]].sum())
+        found: Floats = np.concatenate([[0.0], np.cumsum(change[own])]) + start
+        return found
 
     def slope_at(self, budget: float) -> float:
         """The envelope's slope at a budget: minus the best Lagrangian multiplier; 0 beyond its last corner."""
@@ -125,9 +126,7 @@ def _by_block(values: Floats, hulls: Sequence[Integers]) -> list[Floats]:
     return np.split(values, np.cumsum([len(hull) - 1 for hull in hulls])[:-1])
 
 
-def folded(rises: Floats, costs: Sequence[Floats], multipliers: Sequence[float]) -> Floats:
-    """Rises to which other costs were added, each times its multiplier: a Lagrangian relaxation of their budgets."""
-    found = rises.copy()
-    for cost, multiplier in zip(costs, multipliers, strict=True):
-        found += multiplier * cost
-    return found
+def folded(rises: Floats, costs: Floats, multipliers: Floats) -> Floats:
+    """Rises to which other ``costs`` [budgets, blocks, options] were added, each times its multiplier [budgets]: a
+    Lagrangian relaxation of their budgets."""
+    return rises + np.tensordot(multipliers, costs, axes=1) if len(multipliers) else rises

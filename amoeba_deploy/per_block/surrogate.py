@@ -146,9 +146,11 @@ class _Scorer:
         from amoeba_deploy.stage1.blocks import Forward, ResidentBlocks
 
         whole = checkpoint.plan(checkpoint.full_shape)
-        extract(checkpoint.model, whole, work, learnt=checkpoint.learnt(whole))
+        # Ragged, so that layers are of the base model's own class also where compensating biases need another one.
+        extract(checkpoint.model, whole, work, layout="ragged", learnt=checkpoint.learnt(whole))
         self.checkpoint, self.batches = checkpoint, batches
-        self.model: Any = load_torch_model(work)
+        folder: Any = load_torch_model(work)
+        self.model = folder.stock
         self.forward: Forward = Forward(ResidentBlocks(self.model))
         self.states = self.forward.embed_all(batches)
         tokens = sum(batch.tokens for batch in batches)
@@ -207,7 +209,7 @@ def option_learnt(checkpoint: Checkpoint, option: BlockOption) -> Learnt:
 def option_layer(checkpoint: Checkpoint, model: Any, index: int, option: BlockOption) -> Any:
     """A stock layer [hidden -> hidden] in an option's own size, with the weights that extraction writes for it.
 
-    ``model`` is the whole one, as transformers loaded it; of it come class and config.
+    ``model`` is the whole one, of the stock class; of it come the layer's class and config.
     """
     import torch
 
