@@ -221,7 +221,7 @@ class Request:
     def _say(self, level: Level) -> None:
         best = level.best
         said = "none fits yet" if best is None else f"best so far {best.shape} in {best.flow} {best.precision}"
-        self.progress.say(f"level of {level.asked} shapes: {said}")
+        self.progress.say(f"asked for {level.asked}: {said}")
 
     def _outside(self, best: Candidate) -> list[str]:
         """A remark where the quality of a named shape is only that of the nearest measured one."""
