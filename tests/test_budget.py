@@ -15,6 +15,7 @@ from test_search import GB, WORKLOAD, candidate
 
 from amoeba_deploy.checkpoint import Checkpoint
 from amoeba_deploy.errors import BadInput, NoShapeFits
+from amoeba_deploy.options import QUANTITY_NAMES
 from amoeba_deploy.search import QUANTITIES, Budget, Candidate, Limit, SearchResult, pareto_front, search
 from amoeba_deploy.search.budget import further_limits
 from amoeba_deploy.search.choice import Axes
@@ -107,6 +108,10 @@ def test_a_front_of_any_two_quantities_is_what_nothing_dominates(found: list[Can
     points = {point(c, axes) for c in found}
     free = {p for p in points if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points)}
     assert [point(c, axes) for c in pareto_front(found, axes[0], 32, axes[1])] == sorted(free)
+
+
+def test_the_option_knows_every_quantity() -> None:
+    assert set(QUANTITY_NAMES) == set(QUANTITIES)
 
 
 def test_a_front_keeps_every_limit_but_those_on_its_axes() -> None:

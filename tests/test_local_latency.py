@@ -87,6 +87,25 @@ def test_a_refusal_names_the_shape_that_was_asked_for(checkpoint: Checkpoint, tm
     assert "refuses the shape 2x0.67: ONNX Runtime's CPU provider" in said
 
 
+def test_a_plan_by_hand_gets_the_rows_of_a_search(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its width is a name only, so a row of that name would say nothing of it."""
+    asked = []
+
+    def profile(_checkpoint: Checkpoint, *what: object, **_more: object) -> None:
+        asked.append(what[2])
+        known(checkpoint, *map(str, checkpoint.shapes()))
+
+    monkeypatch.setattr("amoeba_deploy.local_latency.profile_to", profile)
+    value = checkpoint.plan(Shape.parse("2x1")).to_json()
+    value["blocks"][0]["neurons"] = value["blocks"][0]["neurons"][:-32]
+    (tmp_path / "plan.json").write_text(json.dumps(value))
+    named = ("--shape", tmp_path / "plan.json", "--no-verify", "--quiet", "-o", tmp_path / "out")
+    assert amoeba("export", checkpoint.path, *HERE, *named).exit_code == 0
+    assert asked == ["grid"]
+
+
 # Settings of the engine's own
 
 
