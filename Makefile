@@ -16,6 +16,7 @@ demo: $(VENV)/installed
 	@sh tools/demo.sh $(BIN)
 
 test: $(VENV)/installed
+	@sh tools/install_test_servers
 	$(BIN)/python -m pytest -n auto --dist loadfile  # a worker a core, each test file in one of them
 
 test-slow: $(VENV)/installed

@@ -38,7 +38,7 @@ def source_named(checkpoint: Path | None, config: str | None) -> Any:
     if config is None:
         return CheckpointSource(open_named(checkpoint))
     if checkpoint is not None:
-        raise BadInput("a checkpoint and --config both name the model; give one of them")
+        raise BadInput("a checkpoint and --config both say what is profiled; give one of them")
     from amoeba_deploy.model_folder import resolve_config
 
     return ConfigSource.of(resolve_config(config), config)

@@ -79,10 +79,8 @@ def profile(
     \b
     amoeba profile --flow onnx --precision fp32,int4
     """
-    from amoeba_deploy.model_folder import resolve_config
     from amoeba_deploy.profiles import report
     from amoeba_deploy.profiles.local import profile_to
-    from amoeba_deploy.profiles.source import CheckpointSource, ConfigSource, Source
     from amoeba_deploy.profiles.workload import Workload
 
     if as_json and form is not None:
@@ -91,15 +89,8 @@ def profile(
         from amoeba_deploy.pictures.page import check_page
 
         check_page(plot, force)
-    if checkpoint is not None and config is not None:
-        raise BadInput("a checkpoint and --config both say what is profiled; give one of them")
-    source: Source
-    if config is None:
-        source = CheckpointSource(open_named(checkpoint))
-    else:
-        source = ConfigSource.of(resolve_config(config), config)
     done = profile_to(
-        source,
+        source_named(checkpoint, config),
         comma_list(flow),
         comma_list(precision),
         shapes,

@@ -32,8 +32,8 @@ _ADDRESS = re.compile(
 )
 _FOLDERS = "amoeba-kits"
 """Where kits lie in the home folder of the device's user, where the address names no folder."""
-_LOST = 255
-"""What ssh itself ends with."""
+_LOST, _NO_COMMAND = 255, 127
+"""What ssh itself ends with, and a shell that does not find a command."""
 
 _LOOK = """
 import hashlib, json, os, shutil, sys
@@ -112,6 +112,8 @@ class Remote:
             raise AmoebaError(
                 f"{self}: ssh does not reach it, or lost it ({said}); run the same command again to go on"
             )
+        if done.returncode == _NO_COMMAND:
+            raise AmoebaError(f"{self}: has no {self.python} ({said}); name its interpreter by --python")
         raise AmoebaError(f"{self}: {said}; look there, then run the same command again to go on")
 
     def run(self, script: str, given: bytes | None = None) -> bytes:

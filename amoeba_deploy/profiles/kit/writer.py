@@ -24,14 +24,13 @@ from amoeba_deploy.profiles.device import LOCAL, Device
 from amoeba_deploy.profiles.kit import run
 from amoeba_deploy.profiles.kit.carried import carried_files
 from amoeba_deploy.profiles.kit.form import ARTEFACTS, PACKAGE, RUN, Item, Kit, all_files, read_kit, write_kit_file
+from amoeba_deploy.profiles.local import shapes_named
 from amoeba_deploy.profiles.source import CheckpointSource, Source
-from amoeba_deploy.profiles.spread import corner_shapes, grid_shapes, spread_shapes
 from amoeba_deploy.profiles.workload import Workload
 from amoeba_deploy.progress import Progress
 from amoeba_deploy.shape import Shape, format_width, width_to_json
 
 BUDGET_SECONDS = 1200.0
-_NAMED = {"spread": spread_shapes, "corners": corner_shapes, "grid": grid_shapes}
 
 
 @dataclass(frozen=True)
@@ -60,15 +59,6 @@ def _precisions(backend: Backend, precisions: Sequence[str], device: Device) -> 
         return [precision for precision in backend.precisions() if precision in own]
     listed = [entry.precision for entry in device.flows if entry.flow == backend.flow]
     return [backend.takes.own_name((listed or list(backend.precisions()))[0])]
-
-
-def _shapes(source: Source, text: str, backend: Backend, precision: str) -> list[Shape]:
-    if text in _NAMED:
-        return _NAMED[text](source.shapes(source.steps(backend, precision)))
-    shapes = [Shape.parse(part) for part in text.split(",")]
-    for shape in shapes:
-        source.check(shape)
-    return list(dict.fromkeys(shapes))
 
 
 def wanted_items(
@@ -100,7 +90,7 @@ def wanted_items(
                     f"the flow '{flow}' in {precision} has no command of its own that measures what is built so; "
                     f"choose another precision or setting"
                 )
-            for shape in _shapes(source, shapes, backend, precision):
+            for shape in shapes_named(source, shapes, flow, precision):
                 sizes = source.sized(shape, source.steps(backend, precision))
                 refused = families.refusal(sizes) or backend.refusal(sizes, precision, options)
                 if refused:
