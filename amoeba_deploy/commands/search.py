@@ -71,7 +71,7 @@ def search(
     from amoeba_deploy import answer_text
     from amoeba_deploy.files import check_new_file
     from amoeba_deploy.measured_quality import TOP, QualityCheck, with_measured_quality
-    from amoeba_deploy.per_block.report import print_block_search
+    from amoeba_deploy.per_block.report import print_block_answer
     from amoeba_deploy.request import EVOLUTIONARY, Request, require_measurable
     from amoeba_deploy.several import SeveralAnswers, asked_of_each, of_device
     from amoeba_deploy.space import Space
@@ -95,7 +95,7 @@ def search(
         found = _search_blocks(space, each, quality_text, plot, Progress(quiet))
         if output is not None:
             found.result.write_plan(output, force)
-        emit(found.to_json(), as_json, lambda: print_block_search(found, output))
+        emit(found.to_json(), as_json, lambda: print_block_answer(found, output))
         return
     if quality_text is not None and not measure_quality:
         raise BadInput("--quality-text is the text of --measure-quality; give both")

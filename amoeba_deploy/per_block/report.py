@@ -10,19 +10,23 @@ import click
 from amoeba_deploy.console import columns
 from amoeba_deploy.per_block.asked import BlockAnswer
 from amoeba_deploy.per_block.options import BlockOption
-from amoeba_deploy.per_block.pipeline import Found
+from amoeba_deploy.per_block.pipeline import BlockSearchResult, Found
 
 NAMES = {"uniform": "uniform shape", "exact": "per block, exact", "evolutionary": "per block, NSGA-II"}
 
 
-def print_block_search(answer: BlockAnswer, plan_file: Path | None = None) -> None:
-    """The finalists with surrogate and true losses, the gap of NSGA-II, and what the best plan keeps."""
-    result = answer.result
+def print_block_answer(answer: BlockAnswer, plan_file: Path | None = None) -> None:
+    """Where latencies come from, and what was found."""
     for remark in answer.remarks:
         answer.request.progress.say(f"note: {remark}")
+    print_block_search(answer.result, plan_file)
+
+
+def print_block_search(result: BlockSearchResult, plan_file: Path | None = None) -> None:
+    """The finalists with surrogate and true losses, the gap of NSGA-II, and what the best plan keeps."""
     facts = result.rises.facts
     click.echo(
-        f"{result.checkpoint} on {answer.request.target.device.name} in {result.flow} {result.precision}, TPOT at most {result.budget_ms:g} ms: "
+        f"{result.checkpoint} for {result.flow} {result.precision}, TPOT at most {result.budget_ms:g} ms: "
         f"{len(result.rises.options)} options a block"
     )
     click.echo(
