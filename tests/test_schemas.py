@@ -6,11 +6,13 @@ import copy
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import kits
 import pytest
 from click.testing import CliRunner
 from conftest import QUIET, random_adapters, save_random_model
@@ -134,6 +136,8 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, A
     source = make_released(base).write(root / "released")
     amoeba("checkpoint", "import", source, "--base", root / "base", "-o", root / "imported", "--quiet")
     amoeba("extract", root / "imported", "--shape", "3x0.75", "-o", root / "masked", "--quiet")
+    kit = kits.written(root / "kit", "--config", root / "base", "--precision", "fp32", shapes="3x1")
+    assert kits.start(Path(sys.executable), kit).returncode == 0
     return {
         "selection": read(root / "selection" / "selection.json"),
         "selection:questions": read(root / "asked" / "selection.json"),
@@ -155,6 +159,9 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, A
         "measured": read(root / "here" / "measured.json"),
         "measured:unverified": read(root / "there" / "measured.json"),
         "selftest": read(root / "here" / "selftest.json"),
+        "profile-kit": read(kit / "kit.json"),
+        "profile-results": kits.lines(kit)[0],
+        "lines": {"of a kit": kits.lines(kit)[1:]},
         "subnet:in-a-bundle": read(root / "there" / "engine" / "subnet.json"),
     }
 
@@ -213,6 +220,12 @@ DAMAGE: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
     "a file outside the bundle": ("manifest", lambda d: d["files"].update({"../x": {"sha256": "0" * 64, "bytes": 1}})),
     "its own digest": ("manifest", lambda d: d["files"].update({"manifest.json": {"sha256": "0" * 64, "bytes": 1}})),
     "a latency from nowhere": ("manifest", lambda d: d["predicted"].update(source="hoped")),
+    "a kit's file outside": (
+        "profile-kit",
+        lambda d: d["files"].update({"a/../../x": {"bytes": 1, "sha256": "0" * 64}}),
+    ),
+    "an item's name with a slash": ("profile-kit", lambda d: d["items"][0].update(id="a/b")),
+    "weights from nowhere": ("profile-results", lambda d: d.update(weights="guessed")),
     "no fingerprint": ("measured", lambda d: d["machine"].pop("fingerprint")),
     "a verdict in words": ("measured", lambda d: d["verified"].update(greedy_tokens_equal="yes")),
     "no prompt": ("selftest", lambda d: d.update(prompt=[])),
@@ -229,7 +242,31 @@ def test_every_format_has_a_schema_that_is_one(documents: dict[str, dict[str, An
 
 def test_files_are_what_their_schemas_say(documents: dict[str, dict[str, Any]]) -> None:
     for name, value in documents.items():
-        check(name, value)
+        if name != "lines":
+            check(name, value)
+
+
+LINE = Draft202012Validator(SCHEMAS["profile-results"]["$defs"]["line"])
+REST = [
+    {"record": "failed", "item": "a", "error": "it ended", "error_code": 1},
+    {"record": "interrupted", "item": "a"},
+    {"record": "again", "item": "a"},
+    {"record": "report", "item": "a", "file": "reports/a.json", "sha256": "0" * 64, "tool": "x", "memory_bytes": 1},
+]
+"""Kinds of lines that no run to the end writes; tests of kits write them all."""
+
+
+def test_all_lines_of_results_are_what_their_schema_says(documents: dict[str, dict[str, Any]]) -> None:
+    found = documents["lines"]["of a kit"]
+    for line in [*found, *REST]:
+        LINE.validate(line)
+    assert {line["record"] for line in found} == {"session", "run", "memory", "ended"}
+    known = {each["properties"]["record"]["const"] for each in SCHEMAS["profile-results"]["$defs"]["line"]["oneOf"]}
+    assert known == {line["record"] for line in [*found, *REST]}
+    for line in found:
+        for entry in set(line) - {"record", "stopped"}:
+            with pytest.raises(ValidationError):
+                LINE.validate({key: value for key, value in line.items() if key != entry})
 
 
 def test_the_files_cover_measured_and_estimated_verified_and_not(documents: dict[str, dict[str, Any]]) -> None:

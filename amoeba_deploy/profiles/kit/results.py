@@ -58,8 +58,6 @@ class State:
             energy = record.get("energy_j")
             self.runs.append(Run(float(record["first_s"]), tuple(map(float, record["steps_s"])), energy))
             self.stopped = record.get("stopped", self.stopped)
-        elif kind == "stopped":
-            self.stopped = str(record["why"])
         elif kind == "memory":
             self.memory = record
         elif kind == "report":
