@@ -11,6 +11,7 @@ from conftest import amoeba, sentence
 from amoeba_deploy.backends import load_backend
 from amoeba_deploy.backends.onnx import OnnxBackend
 from amoeba_deploy.checkpoint import Checkpoint
+from amoeba_deploy.local_latency import SPREAD
 from amoeba_deploy.profiles.profiler import empty_table, local_table, local_table_file
 from amoeba_deploy.profiles.table import make_row, write_table
 from amoeba_deploy.profiles.workload import Workload
@@ -52,7 +53,7 @@ def test_a_named_shape_is_measured_alone_and_once(checkpoint: Checkpoint, tmp_pa
 def test_one_measured_shape_does_not_stand_for_all_in_a_search(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a grid takes to measure is tested elsewhere (test_measured.py); here it is asked for, and once."""
+    """What a spread of shapes takes to measure is tested elsewhere; here it is asked for, and once."""
     asked = []
 
     def profile(_checkpoint: Checkpoint, *what: object, **_more: object) -> None:
@@ -64,7 +65,7 @@ def test_one_measured_shape_does_not_stand_for_all_in_a_search(
     for _ in range(2):
         done = amoeba("search", checkpoint.path, *HERE, "--latency", "10s", "--json")
         assert done.exit_code == 0, done.output
-    assert asked == [(["onnx"], ["fp32"], "grid", Workload(1, 8, 4), 32)]
+    assert asked == [(["onnx"], ["fp32"], SPREAD, Workload(1, 8, 4), 32)]
 
 
 def test_where_the_corners_are_measured_nothing_more_is(checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -81,10 +82,11 @@ def test_where_the_corners_are_measured_nothing_more_is(checkpoint: Checkpoint, 
     assert len(rows(checkpoint)) == 4
 
 
-def test_a_refusal_names_the_shape_that_was_asked_for(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_a_refusal_names_no_other_shape_than_the_one_that_was_asked_for(checkpoint: Checkpoint, tmp_path: Path) -> None:
     asked = ("--device", "local", "--flow", "onnx", "--precision", "bf16", *SHORT, "--shape", "2x0.67", "--quiet")
-    said = sentence(amoeba("export", checkpoint.path, *asked, "-o", tmp_path / "out"), 2)
-    assert "refuses the shape 2x0.67: ONNX Runtime's CPU provider" in said
+    said = sentence(amoeba("export", checkpoint.path, *asked, "-o", tmp_path / "out"), 4)
+    assert "onnx bf16 cannot run on this machine, ONNX Runtime's CPU provider has no bfloat16" in said
+    assert "4x1" not in said
 
 
 def test_a_plan_by_hand_gets_the_rows_of_a_search(
@@ -103,21 +105,29 @@ def test_a_plan_by_hand_gets_the_rows_of_a_search(
     (tmp_path / "plan.json").write_text(json.dumps(value))
     named = ("--shape", tmp_path / "plan.json", "--no-verify", "--quiet", "-o", tmp_path / "out")
     assert amoeba("export", checkpoint.path, *HERE, *named).exit_code == 0
-    assert asked == ["grid"]
+    assert asked == [SPREAD]
 
 
 # Settings of the engine's own
 
 
-def test_the_default_engine_does_not_stand_for_one_with_settings(checkpoint: Checkpoint) -> None:
+def test_the_default_engine_does_not_stand_for_one_with_settings(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def profile(_checkpoint: Checkpoint, *_what: object, settings: dict[str, str], **_more: object) -> None:
+        asked.append(settings)
+        known(checkpoint, *map(str, checkpoint.shapes()), settings=settings)
+
+    monkeypatch.setattr("amoeba_deploy.local_latency.profile_to", profile)
     known(checkpoint, *map(str, checkpoint.shapes()))
-    asked = ("search", checkpoint.path, *HERE, "--latency", "10s", "--quiet")
-    assert amoeba(*asked).exit_code == 0
-    said = sentence(amoeba(*asked, "--set", "emitter=oga"), 4)
-    assert "nothing is measured on this machine for onnx in fp32 with emitter=oga" in said
-    assert "--set emitter=oga" in said
-    known(checkpoint, *map(str, checkpoint.shapes()), settings={"emitter": "oga"})
-    assert amoeba(*asked, "--set", "emitter=oga").exit_code == 0
+    command = ("search", checkpoint.path, *HERE, "--latency", "10s", "--quiet")
+    assert amoeba(*command).exit_code == 0
+    assert asked == []
+    for _ in range(2):
+        assert amoeba(*command, "--set", "emitter=oga").exit_code == 0
+    assert asked == [{"emitter": "oga"}]
 
 
 def test_a_named_shape_with_settings_is_measured_with_them(demo: Checkpoint, tmp_path: Path) -> None:
@@ -126,13 +136,13 @@ def test_a_named_shape_with_settings_is_measured_with_them(demo: Checkpoint, tmp
     if "which is not installed" in done.stderr:
         pytest.skip("onnxruntime-genai's builder is not installed")
     assert done.exit_code == 0, done.output
-    assert "measuring 6x0.5 in onnx fp32 with emitter=oga" in done.stderr
+    assert "profiling 6x0.5 in onnx fp32 emitter=oga" in done.stderr
     assert rows(demo) == [("6x0.5", {"emitter": "oga"})]
     table = local_table(demo)
     assert table is not None
     assert table.rows[0].context == 32
     assert json.loads(done.stdout)["predicted"]["source"] == "measured"
-    assert "measuring 6x0.5" not in amoeba(*command, "-o", tmp_path / "b").stderr
+    assert "profiling 6x0.5" not in amoeba(*command, "-o", tmp_path / "b").stderr
 
 
 def test_settings_that_cannot_run_here_leave_nothing_known(
@@ -141,7 +151,7 @@ def test_settings_that_cannot_run_here_leave_nothing_known(
     monkeypatch.setattr(OnnxBackend, "cannot_run", lambda *_: "it has no CUDA device")
     asked = ("export", checkpoint.path, *HERE, "--shape", "2x0.67", "--set", "provider=cuda", "--quiet")
     said = sentence(amoeba(*asked, "-o", tmp_path / "out"), 4)
-    assert "onnx fp32 with provider=cuda cannot run on this machine, it has no CUDA device" in said
+    assert "onnx fp32 provider=cuda cannot run on this machine, it has no CUDA device" in said
     assert rows(checkpoint) == []
 
 
