@@ -9,7 +9,6 @@ from amoeba_deploy.profiles.known_tables import SHIPPED
 from amoeba_deploy.profiles.table import Table, read_table
 
 
-
 @cache
 def all_shipped() -> tuple[tuple[Path, Table], ...]:
     """Every table that ships with the package, with its file, sorted by name."""
