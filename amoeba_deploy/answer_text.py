@@ -90,8 +90,8 @@ def _print_held_out(answer: Answer) -> None:
     found = answer.held_out
     if found is not None:
         click.echo(
-            f"  interpolated losses are off by {found['median']:.4f} in the middle and {found['worst']:.4f} at worst "
-            f"(each measured shape predicted from the others)"
+            f"  interpolated losses are off by {found['median']:.4f} (median) and {found['worst']:.4f} (worst), each "
+            f"measured shape predicted from the others"
         )
 
 
@@ -112,7 +112,7 @@ def _print_levels(answer: Answer) -> None:
     for number, level in enumerate(answer.levels, 1):
         best = level.best
         said = "none fits" if best is None else f"best {best.shape} {best.flow} {best.precision}, {_quality_text(best)}"
-        click.echo(f"  level {number}: {level.asked} shapes asked for, {said}")
+        click.echo(f"  level {number}: asked for {level.asked}, {said}")
     if answer.levels and answer.gap:
         click.echo(f"  a shape that was not measured could be better by {answer.gap:.4f} at most")
     elif answer.levels and answer.gap is not None:

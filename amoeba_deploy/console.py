@@ -73,7 +73,7 @@ def _figures(device: Device) -> dict[str, Any]:
 
 def device_json(device: Device) -> dict[str, Any]:
     """Everything known of a device."""
-    from amoeba_deploy.profiles.shipped import known_tables
+    from amoeba_deploy.profiles.known_tables import known_tables
 
     flows = [asdict(flow) for flow in device.flows]
     head = {"name": device.name, "description": device.description, "architecture": device.architecture}
@@ -82,7 +82,7 @@ def device_json(device: Device) -> dict[str, Any]:
 
 def print_device(device: Device) -> None:
     """All figures of a device with their sources, and what was measured of it."""
-    from amoeba_deploy.profiles.shipped import known_tables
+    from amoeba_deploy.profiles.known_tables import known_tables
 
     click.echo(f"{device.name}: {device.description} ({device.architecture})")
     for name, figure in _figures(device).items():
@@ -94,9 +94,9 @@ def print_device(device: Device) -> None:
         )
         click.echo(f"  flow {flow.flow} {flow.precision}: overhead {overheads}")
     for table in known_tables(device.name):
-        sizes = "" if table["parameters"] is None else f" of a model of {table['parameters'] / 1e6:.1f} M parameters"
-        engines = ", ".join(table["engines"])
-        click.echo(f"  table {table['file']}: {table['rows']} measurements{sizes}, {table['date'][:10]} ({engines})")
+        model, engines = table["model"], ", ".join(table["engines"])
+        of = "{family} of {depth} blocks, hidden size {hidden}".format(**model) if model else "model"
+        click.echo(f"  table {table['file']}: {table['rows']} measurements of a {of}, {table['date'][:10]}: {engines}")
 
 
 def print_selection(selection: Selection, output: Path) -> None:

@@ -47,19 +47,22 @@ def searched_table(source: Source, target: Target, progress: Progress) -> Table:
 def named_table(source: Source, target: Target, plans: Sequence[Plan], progress: Progress) -> Table:
     """This machine's table with a row for a named shape, by its plan in every pair of the target.
 
-    Where the shapes around it are measured it is interpolated; else it is measured, and no other.
+    Where the shapes around it are measured it is interpolated; else it is measured, and no other. A plan that is no
+    uniform shape of the source, such as one by hand, has no row of its own: it needs the rows of a search.
 
     Raises:
         LatencyUnknown: an engine cannot run here.
         BadInput: it refuses the shape.
     """
-    missing: list[Pair] = []
+    alone, shape = [], Shape(plans[0].shape.depth, plans[0].shape.width)
     for pair, plan in zip(target.pairs, plans, strict=True):
-        uniform = Shape(plan.shape.depth, plan.shape.width)
-        if not _covers(source, target, pair) and _missing(source, target, pair, [uniform]):
-            missing.append(pair)
-    if missing:
-        _profile(source, target, missing, str(Shape(plans[0].shape.depth, plans[0].shape.width)), progress)
+        if _covers(source, target, pair):
+            continue
+        if not _is_uniform(source, pair, plan):
+            _profile(source, target, [pair], SPREAD, progress)
+        elif _missing(source, target, pair, [shape]):
+            alone.append(pair)
+    _profile(source, target, alone, str(shape), progress)
     return _table(source, target)
 
 
@@ -88,6 +91,15 @@ def _covers(source: Source, target: Target, pair: Pair) -> bool:
     """Whether the corners of depth and width are measured, so that every shape lies between rows."""
     corners = corner_shapes(source.shapes(source.steps(load_backend(pair[0]), pair[1])))
     return not _missing(source, target, pair, corners)
+
+
+def _is_uniform(source: Source, pair: Pair, plan: Plan) -> bool:
+    """Whether a plan is what the source itself makes of a uniform shape, of which alone rows are held."""
+    assert isinstance(source, CheckpointSource), "a config has no plans"
+    checkpoint, shape = source.checkpoint, Shape(plan.shape.depth, plan.shape.width)
+    if shape.depth not in checkpoint.selection.depths:
+        return False
+    return plan.blocks == checkpoint.plan(shape, source.steps(load_backend(pair[0]), pair[1])).blocks
 
 
 def _profile(

@@ -12,15 +12,13 @@ from typing import Any
 from amoeba_deploy.entrants import Choices, Entrants, entrants_of, require_measured
 from amoeba_deploy.errors import BadInput
 from amoeba_deploy.export import Phases
-from amoeba_deploy.files import sha256_of
-from amoeba_deploy.local_latency import measured_shapes, named_table, searched_table
+from amoeba_deploy.files import whole_file, write_json
+from amoeba_deploy.latency_source import latencies_of
+from amoeba_deploy.local_latency import measured_shapes
 from amoeba_deploy.options import comma_list
 from amoeba_deploy.plan import Plan
-from amoeba_deploy.profiles.device import LOCAL, Device, load_device
-from amoeba_deploy.profiles.profiler import local_table_file
-from amoeba_deploy.profiles.shipped import shipped_tables
+from amoeba_deploy.profiles.device import Device, load_device
 from amoeba_deploy.profiles.table import Table
-from amoeba_deploy.profiles.table_set import read_tables
 from amoeba_deploy.profiles.workload import Workload
 from amoeba_deploy.progress import Progress
 from amoeba_deploy.quality import Quality
@@ -130,7 +128,7 @@ class Request:
                 plans = [space.plan(shape, flow, precision) for flow, precision in target.pairs]
             budget = _budget(asked, device, _quality_of(space, shape, plans))
         measure = bool(asked.get("measure"))
-        table, digest, remarks = _latencies(space, target, asked["table"] or (), plans, measure, progress, phases)
+        table, digest, remarks = latencies_of(space, target, asked["table"] or (), plans, measure, progress, phases)
         return cls(
             space,
             target,
@@ -221,7 +219,7 @@ class Request:
     def _say(self, level: Level) -> None:
         best = level.best
         said = "none fits yet" if best is None else f"best so far {best.shape} in {best.flow} {best.precision}"
-        self.progress.say(f"level of {level.asked} shapes: {said}")
+        self.progress.say(f"asked for {level.asked}: {said}")
 
     def _outside(self, best: Candidate) -> list[str]:
         """A remark where the quality of a named shape is only that of the nearest measured one."""
@@ -248,42 +246,6 @@ def _is_own(plan: Plan, shape: str, space: Space) -> bool:
     return not shape.endswith(".json") or space.checkpoint.owns(plan)
 
 
-Latencies = tuple[Table | None, str | None, tuple[str, ...]]
-"""The table that latencies come from, the digest of its files, and remarks."""
-
-
-def _latencies(
-    space: Space,
-    target: Target,
-    files: Sequence[Path],
-    plans: Sequence[Plan],
-    measure: bool,
-    progress: Progress,
-    phases: Phases,
-) -> Latencies:
-    """Where latencies come from: the tables that were named, else this machine's own, else those that ship with us."""
-    device, digest = target.device.name, space.architecture.digest
-    flows = [flow for flow, _ in target.pairs]
-    if device == LOCAL and not files:
-        if measure:
-            return None, None, ()
-        with phases.phase("profile"):
-            return _local_table(space, target, plans, progress)
-    shipped = () if files else shipped_tables(device, digest)
-    if not files and not shipped:
-        return None, None, ()
-    tables = read_tables(files or shipped, device, digest, flows)
-    said = [f"latencies are from the table that ships with amoeba-deploy: {file.name}" for file in shipped]
-    return tables.table, tables.digest, (*said, *tables.remarks)
-
-
-def _local_table(space: Space, target: Target, plans: Sequence[Plan], progress: Progress) -> Latencies:
-    source = space.source
-    table = named_table(source, target, plans, progress) if plans else searched_table(source, target, progress)
-    file = local_table_file(source)
-    return table, "sha256:" + sha256_of(file) if file.is_file() else None, ()
-
-
 @dataclass(frozen=True)
 class Answer:
     """What a search found."""
@@ -302,6 +264,14 @@ class Answer:
     def best(self) -> Candidate:
         """The chosen shape."""
         return self.result.best
+
+    def write_plan(self, file: Path, force: bool = False) -> None:
+        """Write the plan of the chosen shape in sizes that its engine takes; only of a checkpoint's."""
+        space, best = self.request.space, self.best
+        assert space.checkpoint is not None, "the command asked for a checkpoint"
+        plan = space.checkpoint.plan(best.shape, space.steps(best.flow, best.precision))
+        with whole_file(file, force) as work:
+            write_json(work, plan.to_json())
 
     @property
     def held_out(self) -> dict[str, float] | None:

@@ -1,4 +1,4 @@
-"""Hierarchical search: few shapes asked for, the best found or the gap to it stated; invented and real latencies."""
+"""Hierarchical search: few shapes asked for, the best found or the gap to it stated; latencies invented and real."""
 
 from __future__ import annotations
 

@@ -36,8 +36,8 @@ SCHEMAS = {
 BY_FORMAT = {schema["properties"]["format"]["const"]: name for name, schema in SCHEMAS.items()}
 # Not JSON, so without a JSON Schema; docs/devices.md describes it.
 TOML_FORMATS = {"amoeba.device/1"}
-# Of unfinished runs, for this version alone; removed when the run ends.
-RUN_FORMATS = {"amoeba.depth-table/1", "amoeba.tuning/1"}
+# Of unfinished runs and of the cache folder, for this version alone.
+RUN_FORMATS = {"amoeba.depth-table/1", "amoeba.tuning/1", "amoeba.block-rises/1"}
 # Of one engine's folder, for that engine's backend alone; its own page describes it.
 ENGINE_FORMATS = {"amoeba.openvino/1"}
 

@@ -14,7 +14,9 @@ from amoeba_deploy.options import Front, checkpoint_argument, output_options, se
 from amoeba_deploy.progress import Progress
 
 if TYPE_CHECKING:
+    from amoeba_deploy.per_block.asked import BlockAnswer
     from amoeba_deploy.request import Answer
+    from amoeba_deploy.space import Space
 
 SHOWN = 5
 """Shapes that are shown where nothing else is said."""
@@ -37,8 +39,9 @@ SHOWN = 5
 @click.option("--measure-quality", is_flag=True, help="Evaluate the best 3 shapes (or --top) and rank them by that.")
 @click.option("--quality-text", type=click.Path(path_type=Path), help="The text that --measure-quality is about.")
 @click.option("--any-text", is_flag=True, help="Let --quality-text differ from the checkpoint's own.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the plan of the best shape, for --shape.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the front into this .html or .png file.")
-@click.option("--force", is_flag=True, help="Replace an existing picture.")
+@click.option("--force", is_flag=True, help="Replace an existing plan or picture.")
 @workload_options
 @output_options
 def search(
@@ -48,6 +51,7 @@ def search(
     measure_quality: bool,
     quality_text: Path | None,
     any_text: bool,
+    output: Path | None,
     plot: Path | None,
     force: bool,
     as_json: bool,
@@ -62,10 +66,13 @@ def search(
     amoeba search --device orin-nx --latency 40ms --config llama-2-7b/config.json --precision int4
     amoeba search --device orin-nx --ttft 200ms --size 4MB --front size,loss
     amoeba search --device local --latency 2ms --method hierarchical --measure
+    amoeba search --device orin-nx --latency 1ms --method evolutionary --quality-text held-out.txt -o plan.json
     """
     from amoeba_deploy import answer_text
+    from amoeba_deploy.files import check_new_file
     from amoeba_deploy.measured_quality import TOP, QualityCheck, with_measured_quality
-    from amoeba_deploy.request import Request, require_measurable
+    from amoeba_deploy.per_block.report import print_block_answer
+    from amoeba_deploy.request import EVOLUTIONARY, Request, require_measurable
     from amoeba_deploy.several import SeveralAnswers, asked_of_each, of_device
     from amoeba_deploy.space import Space
 
@@ -73,11 +80,23 @@ def search(
         from amoeba_deploy.pictures.page import check_page
 
         check_page(plot, force)
+    if output is not None:
+        check_new_file(output, force)
     each = asked_of_each(asked)
     _check_methods(asked, [one["device"] for one in each])
     space = Space.of_config(config) if config else Space.of_checkpoint(open_named(checkpoint))
     if asked["measure"]:
         require_measurable(space)
+    if len(each) > 1 and output is not None:
+        raise BadInput("-o writes one plan, and several devices are searched; search each by itself")
+    if output is not None and space.checkpoint is None:
+        raise BadInput("-o writes which units a plan keeps, and a config has none; give a checkpoint")
+    if asked["method"] == EVOLUTIONARY:
+        found = _search_blocks(space, each, quality_text, plot, Progress(quiet))
+        if output is not None:
+            found.result.write_plan(output, force)
+        emit(found.to_json(), as_json, lambda: print_block_answer(found, output))
+        return
     if quality_text is not None and not measure_quality:
         raise BadInput("--quality-text is the text of --measure-quality; give both")
     check = QualityCheck.of(space.checkpoint, quality_text, any_text) if measure_quality else None
@@ -90,6 +109,8 @@ def search(
             if len(each) == 1:
                 raise
             raise of_device(one["device"], error) from None
+    if output is not None:
+        answers[0].write_plan(output, force)
     if plot is not None:
         _draw(answers, plot, force)
     shown = top or SHOWN
@@ -98,6 +119,21 @@ def search(
         return
     several = SeveralAnswers.of(answers)
     emit(several.to_json(shown), as_json, lambda: answer_text.print_several(several, shown))
+
+
+def _search_blocks(
+    space: Space, each: Sequence[dict[str, Any]], text: Path | None, plot: Path | None, progress: Progress
+) -> BlockAnswer:
+    """Search the widths of single blocks, on one device."""
+    from amoeba_deploy.per_block.asked import answer_blocks, require_block_search
+    from amoeba_deploy.request import Request
+
+    if len(each) > 1:
+        raise BadInput("--method evolutionary searches for one device; search each by itself")
+    if plot is not None:
+        raise BadInput("--plot draws fronts of uniform shapes; leave it out with --method evolutionary")
+    text = require_block_search(each[0], text)
+    return answer_blocks(Request.of(space, each[0], progress), text)
 
 
 def _draw(answers: Sequence[Answer], file: Path, force: bool) -> None:
@@ -121,8 +157,6 @@ def _draw(answers: Sequence[Answer], file: Path, force: bool) -> None:
 
 def _check_methods(asked: dict[str, Any], devices: list[str]) -> None:
     """Raise BadInput where a method cannot be used as asked."""
-    if asked["method"] == "evolutionary":
-        raise BadInput("--method evolutionary needs --quality-text")  # the one place where it is to be wired
     if not asked["measure"]:
         return
     if asked["method"] != "hierarchical":

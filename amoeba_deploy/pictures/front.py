@@ -25,6 +25,8 @@ from amoeba_deploy.profiles.prediction import Interval, Metric, Source
 from amoeba_deploy.search import Budget, Candidate
 
 HEIGHT = 340
+SPARSE_SIZE, CROWDED_SIZE, CROWD = 50, 10, 200
+"""Square pixels of a front's points where there are few, and where there are as many as a crowd or more."""
 AXIS_SHARE = 0.2
 """Of the width: a name left of a point that is nearer to the axis would run into it."""
 _LOWER_IS_BETTER = ("loss", "perplexity")
@@ -231,7 +233,8 @@ class _Marks:
 
     def best_points(self, best: Sequence[Point]) -> Any:
         """The points of the fronts."""
-        return self._points(_rows(best), size=50, opacity=1.0)
+        size = max(CROWDED_SIZE, min(SPARSE_SIZE, CROWD * CROWDED_SIZE / max(len(best), 1)))
+        return self._points(_rows(best), size=round(size), opacity=1.0)
 
     def budget(self) -> list[Any]:
         """A rule at the budget, and its value."""

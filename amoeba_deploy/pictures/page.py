@@ -132,12 +132,9 @@ def _library() -> str:
     return script.replace("</script", "<\\/script").replace("<!--", "<\\!--")
 
 
-def image_png(title: str, sections: Sequence[Section]) -> bytes:
-    """The image's bytes: all sections below each other, panels two in a row."""
-    load_altair()
-    import vl_convert
-
-    spec = {
+def image_spec(title: str, sections: Sequence[Section]) -> Spec:
+    """The image as one Vega-Lite specification: all sections below each other, panels two in a row."""
+    return {
         "title": {"text": title, "fontSize": 20, "anchor": "start", "offset": 14},
         "vconcat": [_image_section(section) for section in sections],
         "spacing": 40,
@@ -146,7 +143,14 @@ def image_png(title: str, sections: Sequence[Section]) -> bytes:
         "config": config("#1b1f24", "#ffffff"),
         "resolve": _APART,
     }
-    return bytes(vl_convert.vegalite_to_png(spec, vl_version=_version(), scale=IMAGE_SCALE))
+
+
+def image_png(title: str, sections: Sequence[Section]) -> bytes:
+    """The image's bytes."""
+    load_altair()
+    import vl_convert
+
+    return bytes(vl_convert.vegalite_to_png(image_spec(title, sections), vl_version=_version(), scale=IMAGE_SCALE))
 
 
 def _image_section(section: Section) -> Spec:

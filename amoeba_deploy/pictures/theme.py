@@ -45,6 +45,6 @@ def config(ink: str, paper: str, narrow: bool = False) -> dict[str, Any]:
         "style": {
             HALO: {"stroke": paper, "strokeWidth": 4, "strokeJoin": "round", "strokeOpacity": 0.85},
             LABEL: {"fill": ink},
-            REFERENCE: {"stroke": ink, "strokeOpacity": 0.6},
+            REFERENCE: {"color": ink, "stroke": ink, "opacity": 0.7},
         },
     }

@@ -25,7 +25,8 @@ from functools import cache
 from typing import Any, Protocol
 
 from amoeba_deploy.architecture import Architecture
-from amoeba_deploy.backends import flow_names, load_backend
+from amoeba_deploy.backends import load_backend
+from amoeba_deploy.backends.backend import Backend
 from amoeba_deploy.errors import AmoebaError
 from amoeba_deploy.plan import NEURON_MULTIPLE, sized
 from amoeba_deploy.precision import StorageFormat
@@ -38,12 +39,13 @@ from amoeba_deploy.profiles.sizes import sizes_of_table
 from amoeba_deploy.profiles.table import Row, Table
 from amoeba_deploy.profiles.workload import Workload
 
-MODELS = 0.05
-"""Spread that another architecture adds on the same device: published predictors of whole models, which are fitted to
-parts of others, err by 8 to 9 % (Puzzletron, Vidur), taken as what nine in ten stay within."""
-PRECISIONS = 0.15
-"""Spread that another precision of the class adds: of one engine's shares of the bandwidth, int8 and int4 of ONNX
-Runtime and Q8_0 and Q4_K_M of llama.cpp are 16 to 29 % apart, taken as what nine in ten stay within."""
+MODELS = 0.15
+"""Spread that another architecture adds on the same device: larger matrices run nearer to the peak. The factors of two
+Llamas of 27 and 50 million parameters, in three engines and precisions on one machine, differ by that much in logarithm
+(root mean square, docs/devices.md)."""
+PRECISIONS = 0.30
+"""Spread that another precision of the class adds: the shares of the bandwidth that an engine reaches in int8 and int4,
+in Q8_0 and Q4_K_M, in fp32 and bf16 differ by that much in logarithm (docs/engines.md, root mean square)."""
 DEVICE_OVERHEADS = 0.42
 """Spread of an overhead between devices beyond what their files assume: nine in ten within a factor of two."""
 PRIOR_DEVICES = 4
@@ -188,13 +190,19 @@ def _evidence(
     return [_Evidence(device, same, bool(exact), used)] if used else []
 
 
+@cache
+def _backend(flow: str) -> Backend | None:
+    try:
+        return load_backend(flow)
+    except AmoebaError:
+        return None
+
+
 def _storage(row: Row, wanted: Estimator) -> StorageFormat | None:
     if row.precision == wanted.precision:
         return wanted.storage
-    if row.flow not in flow_names():
-        return None
-    backend = load_backend(row.flow)
-    return backend.storage(row.precision) if row.precision in backend.precisions() else None
+    backend = _backend(row.flow)
+    return backend.storage(row.precision) if backend and row.precision in backend.precisions() else None
 
 
 def _of_class(row: Row, wanted: Estimator) -> bool:
@@ -205,9 +213,8 @@ def _of_class(row: Row, wanted: Estimator) -> bool:
 def _terms(row: Row, full: Architecture, device: Device, wanted: Estimator) -> Terms:
     storage = _storage(row, wanted)
     assert storage is not None, "rows of other classes are left out before"
-    steps = None
-    if row.flow in flow_names():
-        steps = load_backend(row.flow).takes.steps(full, NEURON_MULTIPLE, row.precision)
+    backend = _backend(row.flow)
+    steps = backend.takes.steps(full, NEURON_MULTIPLE, row.precision) if backend else None
     return terms(sized(full, row.shape, steps), storage, device, row.flow, row.precision, row.workload)
 
 

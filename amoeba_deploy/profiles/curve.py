@@ -84,27 +84,33 @@ def _least_squares(terms: Values, values: Values) -> tuple[Values, float]:
 
 
 @dataclass(frozen=True)
-class _Trend:
-    """Fixed time and time per block from coefficients [5]."""
+class Trend:
+    """What is fixed and what each block adds, from coefficients [5]."""
 
     coefficients: Values
 
     @classmethod
-    def of(cls, points: Sequence[Point]) -> _Trend:
+    def of(cls, points: Sequence[Point]) -> Trend:
         values = np.array([value for _, value in points])
         return cls(_least_squares(np.array([_terms(sizes) for sizes, _ in points]), values)[0])
 
     def __call__(self, sizes: Architecture) -> float:
         return float(self.coefficients @ _terms(sizes))
 
+    @property
+    def fixed(self) -> float:
+        """The part that no block adds to."""
+        return float(self.coefficients[0])
+
     def block(self, sizes: Architecture) -> float:
+        """What one block of these sizes adds."""
         return float(self.coefficients[1:] @ np.array(_block_terms(sizes)))
 
 
 class _Corrected:
     """The trend, times what is interpolated of the ratios between the measured values and the trend."""
 
-    def __init__(self, points: Sequence[Point], trend: _Trend, length: float, nugget: float) -> None:
+    def __init__(self, points: Sequence[Point], trend: Trend, length: float, nugget: float) -> None:
         self._trend = trend
         self._scale = np.array([max(s.depth for s, _ in points), max(s.block_parameters for s, _ in points)], float)
         self._length = length
@@ -156,13 +162,13 @@ class _Proportional:
 Function = Callable[[Architecture], float]
 
 
-def _makers() -> list[tuple[Kind, Callable[[Sequence[Point], _Trend], Function]]]:
+def _makers() -> list[tuple[Kind, Callable[[Sequence[Point], Trend], Function]]]:
     """Every model in the order of preference."""
 
-    def corrected(length: float, nugget: float) -> Callable[[Sequence[Point], _Trend], Function]:
+    def corrected(length: float, nugget: float) -> Callable[[Sequence[Point], Trend], Function]:
         return lambda points, trend: _Corrected(points, trend, length, nugget)
 
-    found: list[tuple[Kind, Callable[[Sequence[Point], _Trend], Function]]] = [
+    found: list[tuple[Kind, Callable[[Sequence[Point], Trend], Function]]] = [
         ("additive", lambda _, trend: trend),
         *(("corrected", corrected(length, nugget)) for length in _LENGTHS for nugget in _NUGGETS),
         ("linear", lambda points, _: _Linear(points)),
@@ -191,7 +197,7 @@ class Curve:
     def __init__(self, points: Sequence[Point], error: float = 0.0) -> None:
         self._points = list(points)
         self._error = error
-        self.trend = _Trend.of(points)
+        self.trend = Trend.of(points)
         self.kind: Kind = "additive" if len(points) > 1 else "proportional"
         self._function: Function = self.trend if len(points) > 1 else _Proportional(points[0])
         self._residuals: list[float] = []
@@ -202,7 +208,7 @@ class Curve:
     def _choose(self) -> None:
         """Take the simplest model whose held-out error is about the least of all."""
         without = [[p for p in self._points if p is not left] for left in self._points]
-        trends = [_Trend.of(points) for points in without]
+        trends = [Trend.of(points) for points in without]
         tried = []
         for kind, make in _makers():
             residuals = [

@@ -77,11 +77,6 @@ def local_table_file(source: Modelled) -> Path:
     return cache_folder() / "tables" / f"{fingerprint()}-{source.architecture.digest[:16]}.json"
 
 
-def local_files() -> list[Path]:
-    """The tables of this machine in the cache, of any model, sorted by name."""
-    return sorted((cache_folder() / "tables").glob(f"{fingerprint()}-*.json"))
-
-
 def local_table(source: Modelled) -> Table | None:
     """This machine's cached rows of engines that have not changed their versions since, or None."""
     file = local_table_file(source)

@@ -44,7 +44,7 @@ def print_table(table: Table, file: Path) -> None:
     click.echo(str(file))
 
 
-_KINDS = {
+KINDS = {
     "additive": "additive over blocks",
     "corrected": "not additive enough: additive, with what is left over interpolated",
     "linear": "not additive enough: interpolated linearly",
@@ -57,7 +57,7 @@ def print_models(models: Mapping[str, LatencyModel]) -> None:
     for name, model in models.items():
         click.echo(f"{name}: {len(model.rows)} shapes measured; the others are predicted")
         for metric, curve in (("TPOT", model.tpot), ("TTFT", model.ttft)):
-            held, said = curve.held_out, _KINDS[curve.kind]
+            held, said = curve.held_out, KINDS[curve.kind]
             error = "too few shapes to tell the error"
             if held is not None:
                 error = (

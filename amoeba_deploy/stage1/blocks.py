@@ -203,6 +203,10 @@ class Forward:
         layer = self.blocks.block(index)
         if self.units == "sublayer":
             layer = sublayer(layer, attention=unit % 2 == 0)
+        return self.apply(layer, index, states)
+
+    def apply(self, layer: Any, index: int, states: torch.Tensor) -> torch.Tensor:
+        """Hidden states [rows, length, hidden] behind any layer that stands in the place of block ``index``."""
         output = layer(states, **self._keywords_of(index, states.shape[1]))
         found: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return found
