@@ -276,7 +276,7 @@ def searched(checkpoint: Checkpoint, text: Path, share: float, **asked: Any) -> 
     """A search at a share of the whole model's estimated time."""
     costs = costs_of(checkpoint)
     whole = costs.fixed_ms + 12 * costs.block_ms(4, 512)
-    settings = {"flow": "torch", "precision": "fp32", "sequence": LENGTH, "most_options": 6, "progress": QUIET}
+    settings = {"flow": "torch", "precision": "fp32", "sequence": LENGTH, "most_options": 5, "progress": QUIET}
     return search_blocks(checkpoint, text, costs, share * whole, **(settings | asked))
 
 
@@ -309,8 +309,10 @@ def test_the_plan_found_is_exported_within_its_budget(demo: Checkpoint, text: Pa
     assert found["verified"]["greedy_tokens_equal"]
 
 
-def test_the_exact_choice_is_never_above_uniform_shapes_or_nsga_in_the_surrogate(demo: Checkpoint, text: Path) -> None:
-    result = searched(demo, text, 0.75)
+def test_the_answer_names_uniform_exact_and_evolutionary_plans_with_their_losses(
+    demo: Checkpoint, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = searched(demo, text, 0.75, rows=1, generations=20)
     assert result.uniform
     assert result.evolved is not None
     assert result.exact.surrogate <= min(one.surrogate for one in result.finalists) + 1e-12
@@ -320,13 +322,24 @@ def test_the_exact_choice_is_never_above_uniform_shapes_or_nsga_in_the_surrogate
     milliseconds, losses = zip(*result.front, strict=True)
     assert list(milliseconds) == sorted(milliseconds)
     assert list(losses) == sorted(losses, reverse=True)
+    print_block_search(result, tmp_path / "plan.json")
+    said = capsys.readouterr().out
+    for words in ("uniform shape", "per block, exact", "NSGA-II ends", "true loss", str(tmp_path / "plan.json")):
+        assert words in said
+    value = json.loads(json.dumps(result.to_json()))
+    exact = value["exact"]
+    assert exact["true_loss"] == round(result.exact.true or 0, 6)
+    assert exact["surrogate_error"] == pytest.approx(exact["true_loss"] - exact["surrogate_loss"], abs=2e-6)
+    assert value["evolutionary"]["gap"] >= 0
+    assert value["plan"] == result.best.plan.to_json()
+    assert blocks_text([DROPPED, BlockOption(2, 256)]) == "- 2x256"
 
 
 def test_a_search_keeps_memory_and_depth_and_measures_a_held_out_text(demo: Checkpoint, text: Path) -> None:
     memory = BlockMemory(demo.architecture, load_backend("torch").storage("fp32"), WORKLOAD, 512)
     allowed = memory.fixed_bytes + 9.5 * memory.block_bytes(4, 512)
     asked = {"memory": memory, "memory_bytes": allowed, "minimum_depth": 11, "held_out": text}
-    result = searched(demo, text, 2.0, method="exact", **asked)
+    result = searched(demo, text, 2.0, method="exact", rows=3, **asked)
     assert len(result.exact.plan.blocks) >= 11
     kept = [option for option in result.exact.options if not option.dropped]
     assert memory.fixed_bytes + sum(memory.block_bytes(o.kv_heads, o.neurons) for o in kept) <= allowed
@@ -337,24 +350,6 @@ def test_an_impossible_budget_is_refused_before_anything_is_measured(demo: Check
     with pytest.raises(NoShapeFits, match=r"least possible TPOT is [\d.]+ ms where [\d.]+ ms is allowed"):
         searched(demo, text, 0.05)
     assert not cache.exists()
-
-
-def test_the_answer_is_printed_and_given_as_json(
-    demo: Checkpoint, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    result = searched(demo, text, 0.8, rows=1)
-    print_block_search(result, tmp_path / "plan.json")
-    said = capsys.readouterr().out
-    for words in ("uniform shape", "per block, exact", "NSGA-II ends", "true loss", str(tmp_path / "plan.json")):
-        assert words in said
-    value = json.loads(json.dumps(result.to_json()))
-    assert value["exact"]["true_loss"] == round(result.exact.true or 0, 6)
-    assert value["exact"]["surrogate_error"] == pytest.approx(
-        value["exact"]["true_loss"] - value["exact"]["surrogate_loss"], abs=2e-6
-    )
-    assert value["evolutionary"]["gap"] >= 0
-    assert value["plan"] == result.best.plan.to_json()
-    assert blocks_text([DROPPED, BlockOption(2, 256)]) == "- 2x256"
 
 
 def test_imported_masks_are_refused(demo: Checkpoint) -> None:

@@ -21,7 +21,7 @@ from amoeba_deploy.extraction.folder import check_plan, extract
 from amoeba_deploy.files import whole_file, write_json
 from amoeba_deploy.model_folder import load_torch_model
 from amoeba_deploy.per_block.costs import BlockCosts, BlockMemory, check_costs
-from amoeba_deploy.per_block.evolutionary import best_within, evolve
+from amoeba_deploy.per_block.evolutionary import GENERATIONS, best_within, evolve
 from amoeba_deploy.per_block.exact import solve, supported_front
 from amoeba_deploy.per_block.options import MOST_OPTIONS, BlockOption, block_options, option_steps, options_plan
 from amoeba_deploy.per_block.problem import Choices, Constraint, Problem, Solution, dropped_at_most
@@ -161,6 +161,7 @@ def search_blocks(
     sequence: int = SEQUENCE,
     held_out: Path | None = None,
     seed: int = 0,
+    generations: int = GENERATIONS,
     progress: Progress,
 ) -> BlockSearchResult:
     """Find the plan of least surrogate loss within a latency budget, and measure what it really loses.
@@ -185,6 +186,7 @@ def search_blocks(
         sequence: tokens a row.
         held_out: another text, on all of which the finalists are measured too.
         seed: of the evolutionary search.
+        generations: of it; a run takes time in proportion.
         progress: told of what takes long.
 
     Raises:
@@ -216,7 +218,7 @@ def search_blocks(
     evolved: Solution | None = None
     if method == "evolutionary":
         began = time.perf_counter()
-        front = evolve(problem, [choices for _, choices in shapes], seed=seed)
+        front = evolve(problem, [choices for _, choices in shapes], seed=seed, generations=generations)
         evolved = best_within(front, problem)
         seconds["evolutionary"] = time.perf_counter() - began
     else:
