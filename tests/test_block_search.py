@@ -33,6 +33,7 @@ from amoeba_deploy.profiles.device import load_device
 from amoeba_deploy.profiles.roofline import SMALL_BYTES, estimate, memory_bytes
 from amoeba_deploy.profiles.workload import Workload
 from amoeba_deploy.selection import write_selection
+from amoeba_deploy.shape import Shape
 
 LENGTH = 48
 ROUNDING = 2e-5
@@ -191,7 +192,7 @@ def test_rises_of_a_tuned_checkpoint_are_those_of_folders_with_the_same_adapters
 def test_a_second_search_takes_all_rises_from_the_cache(demo: Checkpoint, text: Path) -> None:
     first = rises_of(demo, FEW[:2], text, rows=1)
     again = rises_of(demo, FEW[:2], text, rows=1)
-    assert (first.measured, again.measured) == (2 * 12 + 1, 0)
+    assert (first.measured, again.measured) == (2 * 12 + 1 + 7, 0)
     assert (first.losses == again.losses).all()
     assert first.whole == again.whole
     more = rises_of(demo, FEW, text, rows=1)
@@ -201,9 +202,9 @@ def test_a_second_search_takes_all_rises_from_the_cache(demo: Checkpoint, text: 
 
 def test_rises_are_measured_again_for_another_text_or_other_rows(demo: Checkpoint, text: Path) -> None:
     rises_of(demo, FEW[:1], text, rows=1)
-    assert rises_of(demo, FEW[:1], text, rows=2).measured == 13
+    assert rises_of(demo, FEW[:1], text, rows=2).measured == 12 + 1 + 7
     text.write_text(text.read_text(encoding="utf-8") + " again", encoding="utf-8")
-    assert rises_of(demo, FEW[:1], text, rows=1).measured == 13
+    assert rises_of(demo, FEW[:1], text, rows=1).measured == 12 + 1 + 7
 
 
 def test_a_damaged_cache_file_is_named(demo: Checkpoint, text: Path, cache: Path) -> None:
@@ -217,6 +218,14 @@ def test_a_damaged_cache_file_is_named(demo: Checkpoint, text: Path, cache: Path
 def test_more_rows_than_the_text_has_are_refused(demo: Checkpoint, text: Path) -> None:
     with pytest.raises(BadInput, match="has 3 rows of 48 tokens where 9 are asked for"):
         rises_of(demo, FEW, text, rows=9)
+
+
+def test_losses_of_the_selections_depths_are_those_of_their_extracted_plans(demo: Checkpoint, text: Path) -> None:
+    found = rises_of(demo, FEW[:1], text)
+    assert set(found.depths) == set(demo.selection.depths)
+    for depth in (11, 6):
+        plan = demo.plan(Shape(depth, Fraction(1), "uniform"))
+        assert found.depths[depth] == pytest.approx(extracted_loss(demo, plan, text), abs=ROUNDING)
 
 
 # Costs
@@ -315,7 +324,9 @@ def test_the_answer_names_uniform_exact_and_evolutionary_plans_with_their_losses
     result = searched(demo, text, 0.75, rows=1, generations=20)
     assert result.uniform
     assert result.evolved is not None
-    assert result.exact.surrogate <= min(one.surrogate for one in result.finalists) + 1e-12
+    assert result.exact.surrogate <= min(one.surrogate for one in (*result.uniform, result.evolved)) + 1e-12
+    assert result.selected is not None
+    assert result.selected.plan.kept_blocks in {choice.kept for choice in demo.selection.depths.values()}
     assert result.evolutionary_gap == pytest.approx(result.evolved.surrogate - result.exact.surrogate)
     assert all(one.ms <= result.budget_ms * (1 + 1e-9) for one in result.finalists)
     assert result.best.true == min(one.true for one in result.finalists if one.true is not None)

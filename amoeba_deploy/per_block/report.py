@@ -11,7 +11,12 @@ from amoeba_deploy.console import columns
 from amoeba_deploy.per_block.options import BlockOption
 from amoeba_deploy.per_block.pipeline import BlockSearchResult, Found
 
-NAMES = {"uniform": "uniform shape", "exact": "per block, exact", "evolutionary": "per block, NSGA-II"}
+NAMES = {
+    "uniform": "uniform shape",
+    "exact": "per block, exact",
+    "evolutionary": "per block, NSGA-II",
+    "selected": "per block, selected depths",
+}
 
 
 def print_block_search(result: BlockSearchResult, plan_file: Path | None = None) -> None:
