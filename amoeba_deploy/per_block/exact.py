@@ -21,12 +21,11 @@ import numpy as np
 
 from amoeba_deploy.errors import NoShapeFits
 from amoeba_deploy.per_block.hulls import Relaxation, folded
-from amoeba_deploy.per_block.problem import Choices, Constraint, Floats, Integers, Problem, Solution
+from amoeba_deploy.per_block.partials import Partials, nothing, traced, undominated
+from amoeba_deploy.per_block.problem import Choices, Floats, Integers, Problem, Solution
 
 _EQUAL = 1e-12
 """A partial choice is given up unless it can be better by more than this share of the rises' size."""
-_PAIRS = 1 << 19
-"""Comparisons of dominance under several budgets that are made at once."""
 _CUTS = 60
 """Cuts of the ellipsoid for each budget and budget."""
 _WIDEST = 32.0
@@ -100,20 +99,6 @@ class _Best:
     choices: Choices | None = None
 
 
-@dataclass(frozen=True)
-class _Partials:
-    """Partial choices: rises [n], costs [constraints, n], and where each came from: its parent and its last option."""
-
-    rises: Floats
-    costs: Floats
-    parents: Integers
-    options: Integers
-
-    def kept(self, which: Integers) -> _Partials:
-        """Some of them, in that order."""
-        return _Partials(self.rises[which], self.costs[:, which], self.parents[which], self.options[which])
-
-
 def _solve_any(problem: Problem) -> Solution | None:
     found = _solve(problem.of_constraints(problem.constraints[:1]))
     if found is None or problem.fits(found.choices):
@@ -150,7 +135,7 @@ class _Search:
         if self.impossible:
             return None
         self.relaxed = self._relaxation()
-        self._complete([_nothing(len(self.costs))], 0)
+        self._complete([nothing(len(self.costs))], 0)
         if len(self.costs) > 1:
             # A good choice to begin with is worth a pass of its own where bounds are weaker.
             self._improve()
@@ -163,7 +148,7 @@ class _Search:
 
     def _pass(self, width: int | None = None) -> None:
         """All blocks in turn; ``width`` keeps only so many of the most promising partial choices."""
-        lists = [_nothing(len(self.costs))]
+        lists = [nothing(len(self.costs))]
         for block in range(self.problem.blocks):
             found = self._extended(lists[-1], block)
             if width is not None and len(found.rises) > width:
@@ -186,7 +171,7 @@ class _Search:
         own = partials_rises + self.multipliers @ costs[1:]
         return own + self.relaxed.envelopes[block].bound(self.allowed[0] - costs[0]) - self._offset()
 
-    def _extended(self, before: _Partials, block: int) -> _Partials:
+    def _extended(self, before: Partials, block: int) -> Partials:
         """The list with one block more."""
         options = np.flatnonzero(self.available[block])
         rises = (before.rises[:, None] + self.problem.rises[block, options][None]).ravel()
@@ -196,12 +181,12 @@ class _Search:
         places = places[fits]
         bounds = self._bounds(rises[places], costs[:, places], block + 1)
         places = places[bounds < self.best.rise - self.equal]
-        found = _Partials(
+        found = Partials(
             rises[places], costs[:, places], places // len(options), options[places % len(options)].astype(np.int64)
         )
-        return found.kept(_undominated(found.rises, found.costs))
+        return found.kept(undominated(found.rises, found.costs))
 
-    def _complete(self, lists: Sequence[_Partials], block: int) -> None:
+    def _complete(self, lists: Sequence[Partials], block: int) -> None:
         """Complete every partial choice at a corner of the relaxation behind it; remember the best that fits."""
         partials, envelope = lists[-1], self.relaxed.envelopes[block]
         corners = envelope.corner(self.allowed[0] - partials.costs[0])
@@ -215,7 +200,7 @@ class _Search:
         whole = np.where(reached, partials.rises + rises[np.maximum(corners, 0)], np.inf)
         place = int(np.argmin(whole))
         if whole[place] < self.best.rise:
-            front = _traced(lists, place)
+            front = traced(lists, place)
             behind = self.relaxed.corner_choices(block, int(corners[place])).tolist()
             self.best = _Best(float(whole[place]), (*front, *behind))
 
@@ -298,41 +283,3 @@ class _Search:
                 break
             chosen[block] = option
         self._remember(chosen)
-
-
-def _nothing(constraints: int) -> _Partials:
-    """The choice of no block."""
-    return _Partials(np.zeros(1), np.zeros((constraints, 1)), np.zeros(1, np.int64), np.zeros(1, np.int64))
-
-
-def _traced(lists: Sequence[_Partials], place: int) -> list[int]:
-    """The options of the partial choice at ``place`` of the last list."""
-    found = []
-    for partials in reversed(lists[1:]):
-        found.append(int(partials.options[place]))
-        place = int(partials.parents[place])
-    return found[::-1]
-
-
-def _undominated(rises: Floats, costs: Floats) -> Integers:
-    """Places of partial choices that no other one dominates, in order of the first cost; of equal ones the first."""
-    order = np.lexsort((rises, *costs[::-1]))
-    if len(costs) == 1:
-        sorted_rises = rises[order]
-        lowest = np.concatenate([[np.inf], np.minimum.accumulate(sorted_rises)[:-1]])
-        return order[sorted_rises < lowest]
-    values = np.concatenate([costs[1:], rises[None]])[:, order]
-    kept = np.ones(len(order), np.bool_)
-    # Each is compared with those in front of it, which cost no more of the first budget, within a window: what is
-    # left over is merely kept.
-    window = max(1, _PAIRS // max(len(order), 1))
-    for back in range(1, min(window, len(order) - 1) + 1):
-        kept[back:] &= ~(values[:, :-back] <= values[:, back:]).all(axis=0)
-    return order[kept]
-
-
-def budget_problem(problem: Problem, budget: float) -> Problem:
-    """The same problem under another first budget."""
-    first = problem.constraints[0]
-    changed = Constraint(first.name, first.unit, first.costs, budget, first.fixed)
-    return problem.of_constraints((changed, *problem.constraints[1:]))

@@ -14,26 +14,25 @@ import numpy as np
 from amoeba_deploy.backends import load_backend
 from amoeba_deploy.backends.backend import options_for
 from amoeba_deploy.checkpoint import Checkpoint
-from amoeba_deploy.errors import BadInput, NoShapeFits
+from amoeba_deploy.errors import BadInput
 from amoeba_deploy.evaluation import SEQUENCE, Ids, text_rows
 from amoeba_deploy.extraction.folder import check_plan
 from amoeba_deploy.files import whole_file, write_json
+from amoeba_deploy.per_block.candidates import baselines, on_selected_depths, uniform_choices
 from amoeba_deploy.per_block.costs import BlockCosts, BlockMemory, check_costs
 from amoeba_deploy.per_block.evolutionary import GENERATIONS, best_within, evolve
 from amoeba_deploy.per_block.exact import solve, supported_front
 from amoeba_deploy.per_block.options import (
-    DROPPED,
     MOST_OPTIONS,
     BlockOption,
     block_options,
     option_steps,
     options_plan,
 )
-from amoeba_deploy.per_block.problem import Choices, Constraint, Problem, Solution, dropped_at_most
+from amoeba_deploy.per_block.problem import Constraint, Problem, Solution, dropped_at_most
 from amoeba_deploy.per_block.surrogate import Rises, measure_rises, plan_loss
-from amoeba_deploy.plan import Plan, Steps
+from amoeba_deploy.plan import Plan
 from amoeba_deploy.progress import Progress
-from amoeba_deploy.shape import Shape
 
 Method = Literal["evolutionary", "exact"]
 Kind = Literal["uniform", "exact", "evolutionary", "selected"]
@@ -221,7 +220,7 @@ def search_blocks(
     began = time.perf_counter()
     exact = solve(problem)
     seconds["exact"] = time.perf_counter() - began
-    shapes = _uniform_choices(checkpoint, options, option_steps(checkpoint, backend, precision), problem)
+    shapes = uniform_choices(checkpoint, options, option_steps(checkpoint, backend, precision), problem)
     evolved: Solution | None = None
     if method == "evolutionary":
         began = time.perf_counter()
@@ -239,13 +238,13 @@ def search_blocks(
     finalists = [found("exact", exact)]
     if evolved is not None:
         finalists.append(found("evolutionary", evolved))
-    selected = _selected(checkpoint, problem, rises)
+    selected = on_selected_depths(checkpoint, problem, rises)
     if selected is not None:
         solution, base = selected
         finalists.append(replace(found("selected", solution), surrogate=base + solution.rise))
     fitting = [(shape, Solution.of(problem, choices)) for shape, choices in shapes if problem.fits(choices)]
     steps = option_steps(checkpoint, backend, precision)
-    uniform = [found("uniform", s, checkpoint.plan(shape, steps)) for shape, s in _baselines(checkpoint, fitting)]
+    uniform = [found("uniform", s, checkpoint.plan(shape, steps)) for shape, s in baselines(checkpoint, fitting)]
     for one in finalists:
         check_plan(checkpoint.model, one.plan)
         refused = backend.refusal(one.plan.subnet(checkpoint.architecture), precision, built)
@@ -303,62 +302,6 @@ def _require_possible(constraints: tuple[Constraint, ...], options: Sequence[Blo
     """Raise NoShapeFits before anything is measured where no plan is within the budgets."""
     blocks = len(constraints[0].costs)
     solve(Problem(np.zeros((blocks, len(options))), constraints))
-
-
-def _uniform_choices(
-    checkpoint: Checkpoint, options: Sequence[BlockOption], steps: Steps, problem: Problem
-) -> list[tuple[Shape, Choices]]:
-    """The checkpoint's uniform shapes whose width is among the options, with what each block takes."""
-    places = {option: place for place, option in enumerate(options)}
-    dropped = places[DROPPED]
-    lowest = problem.constraints[-1]
-    found = []
-    for shape in (Shape(s.depth, s.width, "uniform") for s in checkpoint.shapes(steps)):
-        place = places.get(BlockOption(*steps.kept(checkpoint.architecture, shape.width, shape.width)))
-        kept = set(checkpoint.selection.choice(shape.depth).kept)
-        if place is None:
-            continue
-        choices = tuple(place if index in kept else dropped for index in range(problem.blocks))
-        if lowest.used(choices) <= lowest.allowed:
-            found.append((shape, choices))
-    return found
-
-
-def _baselines(checkpoint: Checkpoint, fitting: Sequence[tuple[Shape, Solution]]) -> list[tuple[Shape, Solution]]:
-    """Of uniform shapes that fit that of least surrogate loss, and that of least known loss, where losses are known."""
-    if not fitting:
-        return []
-    first = min(fitting, key=lambda pair: (pair[1].rise, pair[1].used[0]))
-    quality = checkpoint.quality
-    if quality is None or checkpoint.policy != "uniform":
-        return [first]
-    known = min(fitting, key=lambda pair: (quality.loss(pair[0], "fp32").value, pair[1].used[0]))
-    return [first] if known[0] == first[0] else [first, known]
-
-
-def _selected(checkpoint: Checkpoint, problem: Problem, rises: Rises) -> tuple[Solution, float] | None:
-    """The best plan that keeps the blocks of one of the selection's depths, and the loss that its rises are added to.
-
-    Rises of several dropped blocks do not add up well: what a block does depends on which others are there. So each
-    depth starts from the measured loss of its kept blocks, and only rises of narrower blocks are added.
-    """
-    dropped = rises.options.index(DROPPED)
-    best: tuple[Solution, float] | None = None
-    for depth, base in rises.depths.items():
-        kept = set(checkpoint.selection.choice(depth).kept)
-        own = problem.rises.copy()
-        for index in range(problem.blocks):
-            if index in kept:
-                own[index, dropped] = np.inf
-            else:
-                own[index] = np.where(np.arange(problem.options) == dropped, 0.0, np.inf)
-        try:
-            found = solve(Problem(own, problem.constraints))
-        except NoShapeFits:
-            continue
-        if best is None or base + found.rise < best[0].rise + best[1]:
-            best = found, base
-    return best
 
 
 class _TrueLosses:

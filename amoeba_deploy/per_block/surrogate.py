@@ -11,8 +11,6 @@ it, and only what follows is run again.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import tempfile
 import time
@@ -29,10 +27,10 @@ from amoeba_deploy.checkpoint import Checkpoint
 from amoeba_deploy.errors import BadInput
 from amoeba_deploy.evaluation import SEQUENCE, Ids, file_digest, text_loss, text_rows, torch_logits
 from amoeba_deploy.extraction.folder import Learnt, extract, model_dtype, subnet_tensors
-from amoeba_deploy.files import cache_folder, json_text, read_json, whole_file
 from amoeba_deploy.model_folder import load_torch_model
 from amoeba_deploy.per_block.options import BlockOption, one_block, options_width
 from amoeba_deploy.per_block.problem import Floats
+from amoeba_deploy.per_block.saved import SavedLosses
 from amoeba_deploy.plan import Plan
 from amoeba_deploy.progress import Progress
 from amoeba_deploy.shape import Shape
@@ -44,7 +42,6 @@ if TYPE_CHECKING:
     from amoeba_deploy.stage1.blocks import Forward
     from amoeba_deploy.stage1.calibration import Batch
 
-RISES_FORMAT = "amoeba.block-rises/1"
 ROWS = 16
 """Rows of calibration text, where nothing else is said and the text has as many."""
 STATE_BYTES = 10**9
@@ -105,7 +102,7 @@ def measure_rises(
     began = time.perf_counter()
     batches, facts = _batches(checkpoint, text, rows, sequence)
     identity = {"checkpoint": checkpoint.digest, "base": checkpoint.selection.base_digest, **facts}
-    saved = _Saved.of(identity, checkpoint.architecture.depth)
+    saved = SavedLosses.of(identity, checkpoint.architecture.depth)
     missing = [[o for o in options if o not in known] for known in saved.blocks]
     depths = [depth for depth in checkpoint.selection.depths if depth not in saved.depths]
     count = sum(map(len, missing)) + (saved.whole is None)
@@ -268,58 +265,3 @@ def _values(source: TensorSource) -> Any:
             found[at : at + count] = part.reshape(-1)
         at += count
     return as_float32(found.reshape(source.shape), source.dtype)
-
-
-@dataclass
-class _Saved:
-    """Losses of a text and a checkpoint in the cache folder: one file a block, and one of the whole model."""
-
-    folder: Path
-    identity: dict[str, Any]
-    blocks: list[dict[BlockOption, float]]
-    whole: float | None
-    depths: dict[int, float]
-
-    @classmethod
-    def of(cls, identity: dict[str, Any], depth: int) -> _Saved:
-        """What is there already."""
-        key = hashlib.sha256(json.dumps([RISES_FORMAT, identity], sort_keys=True).encode()).hexdigest()[:24]
-        found = cls(cache_folder() / "block-rises" / key, identity, [], None, {})
-        found.blocks = [found._read(f"block-{index:03}") for index in range(depth)]
-        found.whole = next(iter(found._read("whole").values()), None)
-        found.depths = {option.kv_heads: loss for option, loss in found._read("depths").items()}
-        return found
-
-    def add(self, index: int, losses: dict[BlockOption, float]) -> None:
-        """Keep what was measured of a block."""
-        if losses:
-            self.blocks[index] |= losses
-            self._write(f"block-{index:03}", self.blocks[index])
-
-    def add_depth(self, depth: int, loss: float) -> None:
-        """Keep the loss with the blocks that the selection keeps at a depth."""
-        self.depths[depth] = loss
-        self._write("depths", {BlockOption(number, 0): value for number, value in self.depths.items()})
-
-    def set_whole(self, loss: float) -> None:
-        """Keep the whole model's loss."""
-        self.whole = loss
-        self._write("whole", {BlockOption(0, 0): loss})
-
-    def _read(self, name: str) -> dict[BlockOption, float]:
-        file = self.folder / f"{name}.json"
-        if not file.is_file():
-            return {}
-        try:
-            value = read_json(file, RISES_FORMAT)
-            losses = {BlockOption(int(g), int(n)): float(loss) for g, n, loss in value["losses"]}
-            if not all(map(math.isfinite, losses.values())):
-                raise ValueError
-        except (BadInput, KeyError, TypeError, ValueError):
-            raise BadInput(f"{file}: is damaged; remove it, and it is measured again") from None
-        return losses
-
-    def _write(self, name: str, losses: dict[BlockOption, float]) -> None:
-        rows = [[option.kv_heads, option.neurons, loss] for option, loss in sorted(losses.items())]
-        with whole_file(self.folder / f"{name}.json", force=True) as file:
-            file.write_text(json_text({"format": RISES_FORMAT, **self.identity, "losses": rows}), encoding="utf-8")
