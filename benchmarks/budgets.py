@@ -63,6 +63,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="flows, or flows and precisions, separated by commas")
     parser.add_argument("--budgets", type=int, default=5)
     parser.add_argument("--profile-budget", default="90s", help="of amoeba profile, for each engine")
+    parser.add_argument("--table", type=Path, help="keep what was measured in this file")
     asked = parser.parse_args()
     only = [part.strip() for part in asked.only.split(",") if part.strip()]
     kept = total = 0
@@ -94,6 +95,8 @@ def main() -> None:
                 said = f"{predicted['tpot_ms']:7.3f} ms ({bottom:.3f} to {top:.3f})"
                 line = f"{engine:14} {ms:5.2f} ms  {shape:10} {said:28} {predicted['source']:12} {measured:8.3f}"
                 print(f"{line}  {off:+6.1%}" + ("" if good else "  outside"), flush=True)
+            if asked.table is not None:
+                asked.table.write_bytes(Path(profiled["path"]).read_bytes())
         print(f"{kept} of {total} are within 10 % of the prediction or inside its interval")
         print("\nthe best shape within one budget, by engine")
         low, high = min(one[0] for one in ranges.values()), max(one[1] for one in ranges.values())

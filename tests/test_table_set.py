@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +42,11 @@ def table(demo: Checkpoint, tmp_path: Path) -> MakeTable:
 
 
 def tpots(*command: object) -> dict[str, float]:
-    """TPOT of the measured shapes on the front, by their names."""
-    result = amoeba(*command, "--json")
+    """TPOT of the measured shapes, by their names."""
+    result = amoeba(*command, "--top", 1000, "--json")
     assert result.exit_code == 0, result.output
-    front = json.loads(result.stdout)["pareto"]
-    return {f"{s['depth']}x{s['width']:g}": s["tpot_ms"] for s in front if s["source"] == "measured"}
+    shapes = json.loads(result.stdout)["top"]
+    return {f"{s['depth']}x{s['width']:g}": s["tpot_ms"] for s in shapes if s["source"] == "measured"}
 
 
 # Several tables
@@ -182,20 +182,23 @@ def test_rows_of_another_context_do_not_count_and_those_of_an_unknown_one_do(tab
 # Tables that ship with the package
 
 
-def test_a_shipped_table_of_the_device_and_the_model_is_used_and_named(
-    table: MakeTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def shipped_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty folder in the place of the tables that ship with the package."""
     folder = tmp_path / "tables"
     folder.mkdir()
     monkeypatch.setattr(shipped, "FOLDER", folder)
-    estimated = sentence(amoeba(*ORIN, "--quiet"), 4)
-    assert "only estimates exist" in estimated
-    for name, head in (
-        ("orin.json", {}),
-        ("h100.json", {"device": "h100-sxm"}),
-        ("x.json", {"architecture": "0" * 64}),
-    ):
-        table(name, {"12x1": 12.0}, **head).rename(folder / name)
+    shipped.all_shipped.cache_clear()
+    yield folder
+    shipped.all_shipped.cache_clear()
+
+
+def test_a_shipped_table_of_the_device_and_the_model_is_used_and_named(table: MakeTable, shipped_folder: Path) -> None:
+    assert "only estimates exist" in sentence(amoeba(*ORIN, "--quiet"), 4)
+    heads = {"orin.json": {}, "h100.json": {"device": "h100-sxm"}, "other.json": {"architecture": "0" * 64}}
+    for name, head in heads.items():
+        table(name, {"12x1": 12.0}, **head).rename(shipped_folder / name)
+    shipped.all_shipped.cache_clear()
     assert tpots(*ORIN)["12x1"] == 12.0
     remarks = json.loads(amoeba(*ORIN, "--json").stdout)["remarks"]
     assert remarks == ["latencies are from the table that ships with amoeba-deploy: orin.json"]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
@@ -15,24 +14,29 @@ import numpy as np
 from amoeba_deploy.backends import load_backend
 from amoeba_deploy.backends.backend import options_for
 from amoeba_deploy.checkpoint import Checkpoint
-from amoeba_deploy.errors import BadInput
-from amoeba_deploy.evaluation import SEQUENCE, Ids, text_loss, text_rows, torch_logits
-from amoeba_deploy.extraction.folder import check_plan, extract
+from amoeba_deploy.errors import BadInput, NoShapeFits
+from amoeba_deploy.evaluation import SEQUENCE, Ids, text_rows
+from amoeba_deploy.extraction.folder import check_plan
 from amoeba_deploy.files import whole_file, write_json
-from amoeba_deploy.model_folder import load_torch_model
 from amoeba_deploy.per_block.costs import BlockCosts, BlockMemory, check_costs
-from amoeba_deploy.per_block.evolutionary import best_within, evolve
+from amoeba_deploy.per_block.evolutionary import GENERATIONS, best_within, evolve
 from amoeba_deploy.per_block.exact import solve, supported_front
-from amoeba_deploy.per_block.options import MOST_OPTIONS, BlockOption, block_options, option_steps, options_plan
+from amoeba_deploy.per_block.options import (
+    DROPPED,
+    MOST_OPTIONS,
+    BlockOption,
+    block_options,
+    option_steps,
+    options_plan,
+)
 from amoeba_deploy.per_block.problem import Choices, Constraint, Problem, Solution, dropped_at_most
-from amoeba_deploy.per_block.surrogate import Rises, measure_rises
+from amoeba_deploy.per_block.surrogate import Rises, measure_rises, plan_loss
 from amoeba_deploy.plan import Plan, Steps
 from amoeba_deploy.progress import Progress
 from amoeba_deploy.shape import Shape
 
 Method = Literal["evolutionary", "exact"]
-Kind = Literal["uniform", "exact", "evolutionary"]
-UNIFORM_FINALISTS = 2
+Kind = Literal["uniform", "exact", "evolutionary", "selected"]
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,8 @@ class BlockSearchResult:
     exact: Found
     evolved: Found | None
     """The best of the evolutionary front within the budget."""
+    selected: Found | None
+    """The exact optimum where only the selection's sets of blocks may be kept, whose own losses are measured."""
     front: tuple[tuple[float, float], ...]
     """Milliseconds and surrogate loss: the evolutionary front, or with the method exact the convex one."""
     seconds: dict[str, float]
@@ -78,7 +84,7 @@ class BlockSearchResult:
     @property
     def finalists(self) -> tuple[Found, ...]:
         """All plans whose true loss was measured."""
-        return (*self.uniform, self.exact, *(() if self.evolved is None else (self.evolved,)))
+        return (*self.uniform, self.exact, *(one for one in (self.evolved, self.selected) if one is not None))
 
     @property
     def best(self) -> Found:
@@ -119,6 +125,7 @@ class BlockSearchResult:
             "evolutionary": None
             if self.evolved is None
             else _found_json(self.evolved) | {"gap": round(self.evolutionary_gap or 0.0, 6)},
+            "selected": None if self.selected is None else _found_json(self.selected),
             "best": self.best.kind,
             "plan": self.best.plan.to_json(),
             "front": [{"tpot_ms": round(ms, 6), "surrogate_loss": round(loss, 6)} for ms, loss in self.front],
@@ -161,6 +168,7 @@ def search_blocks(
     sequence: int = SEQUENCE,
     held_out: Path | None = None,
     seed: int = 0,
+    generations: int = GENERATIONS,
     progress: Progress,
 ) -> BlockSearchResult:
     """Find the plan of least surrogate loss within a latency budget, and measure what it really loses.
@@ -185,6 +193,7 @@ def search_blocks(
         sequence: tokens a row.
         held_out: another text, on all of which the finalists are measured too.
         seed: of the evolutionary search.
+        generations: of it; a run takes time in proportion.
         progress: told of what takes long.
 
     Raises:
@@ -216,7 +225,7 @@ def search_blocks(
     evolved: Solution | None = None
     if method == "evolutionary":
         began = time.perf_counter()
-        front = evolve(problem, [choices for _, choices in shapes], seed=seed)
+        front = evolve(problem, [choices for _, choices in shapes], seed=seed, generations=generations)
         evolved = best_within(front, problem)
         seconds["evolutionary"] = time.perf_counter() - began
     else:
@@ -230,6 +239,10 @@ def search_blocks(
     finalists = [found("exact", exact)]
     if evolved is not None:
         finalists.append(found("evolutionary", evolved))
+    selected = _selected(checkpoint, problem, rises)
+    if selected is not None:
+        solution, base = selected
+        finalists.append(replace(found("selected", solution), surrogate=base + solution.rise))
     fitting = [(shape, Solution.of(problem, choices)) for shape, choices in shapes if problem.fits(choices)]
     steps = option_steps(checkpoint, backend, precision)
     uniform = [found("uniform", s, checkpoint.plan(shape, steps)) for shape, s in _baselines(checkpoint, fitting)]
@@ -257,6 +270,7 @@ def search_blocks(
         tuple(one for one in measured if one.kind == "uniform"),
         next(one for one in measured if one.kind == "exact"),
         next((one for one in measured if one.kind == "evolutionary"), None),
+        next((one for one in measured if one.kind == "selected"), None),
         tuple((one.used[0], rises.whole + one.rise) for one in front),
         seconds,
     )
@@ -296,7 +310,7 @@ def _uniform_choices(
 ) -> list[tuple[Shape, Choices]]:
     """The checkpoint's uniform shapes whose width is among the options, with what each block takes."""
     places = {option: place for place, option in enumerate(options)}
-    dropped = places[BlockOption(0, 0)]
+    dropped = places[DROPPED]
     lowest = problem.constraints[-1]
     found = []
     for shape in (Shape(s.depth, s.width, "uniform") for s in checkpoint.shapes(steps)):
@@ -322,20 +336,41 @@ def _baselines(checkpoint: Checkpoint, fitting: Sequence[tuple[Shape, Solution]]
     return [first] if known[0] == first[0] else [first, known]
 
 
+def _selected(checkpoint: Checkpoint, problem: Problem, rises: Rises) -> tuple[Solution, float] | None:
+    """The best plan that keeps the blocks of one of the selection's depths, and the loss that its rises are added to.
+
+    Rises of several dropped blocks do not add up well: what a block does depends on which others are there. So each
+    depth starts from the measured loss of its kept blocks, and only rises of narrower blocks are added.
+    """
+    dropped = rises.options.index(DROPPED)
+    best: tuple[Solution, float] | None = None
+    for depth, base in rises.depths.items():
+        kept = set(checkpoint.selection.choice(depth).kept)
+        own = problem.rises.copy()
+        for index in range(problem.blocks):
+            if index in kept:
+                own[index, dropped] = np.inf
+            else:
+                own[index] = np.where(np.arange(problem.options) == dropped, 0.0, np.inf)
+        try:
+            found = solve(Problem(own, problem.constraints))
+        except NoShapeFits:
+            continue
+        if best is None or base + found.rise < best[0].rise + best[1]:
+            best = found, base
+    return best
+
+
 class _TrueLosses:
     """Losses of plans as they are extracted, on the rows that rises were measured on and on a held-out text."""
 
     def __init__(self, checkpoint: Checkpoint, text: Path, rises: Rises, held_out: Path | None) -> None:
         self.checkpoint = checkpoint
         tokenizer, length = checkpoint.model.tokenizer(), rises.facts["sequence"]
-        self.rows: Ids = text_rows(text, tokenizer, length)[: rises.facts["rows"]]
-        self.held_out = None if held_out is None else text_rows(held_out, tokenizer, length)
+        self.rows: list[Ids] = [text_rows(text, tokenizer, length)[: rises.facts["rows"]]]
+        self.rows += [] if held_out is None else [text_rows(held_out, tokenizer, length)]
 
     def of(self, found: Found) -> Found:
-        """The same with its true losses, measured as ``amoeba evaluate`` measures an extracted folder."""
-        with tempfile.TemporaryDirectory(prefix="amoeba-plan-") as work:
-            extract(self.checkpoint.model, found.plan, Path(work), learnt=self.checkpoint.learnt(found.plan))
-            logits = torch_logits(load_torch_model(Path(work)))
-            true = text_loss(logits, self.rows).loss
-            other = None if self.held_out is None else text_loss(logits, self.held_out).loss
-        return Found(found.kind, found.plan, found.options, found.ms, found.surrogate, true, other)
+        """The same with its true losses."""
+        true, *other = plan_loss(self.checkpoint, found.plan, *self.rows)
+        return replace(found, true=true, held_out=other[0] if other else None)

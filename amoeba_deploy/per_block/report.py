@@ -12,7 +12,12 @@ from amoeba_deploy.per_block.asked import BlockAnswer
 from amoeba_deploy.per_block.options import BlockOption
 from amoeba_deploy.per_block.pipeline import BlockSearchResult, Found
 
-NAMES = {"uniform": "uniform shape", "exact": "per block, exact", "evolutionary": "per block, NSGA-II"}
+NAMES = {
+    "uniform": "uniform shape",
+    "exact": "per block, exact",
+    "evolutionary": "per block, NSGA-II",
+    "selected": "per block, selected depths",
+}
 
 
 def print_block_answer(answer: BlockAnswer, plan_file: Path | None = None) -> None:

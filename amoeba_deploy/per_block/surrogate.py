@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,7 @@ import numpy as np
 
 from amoeba_deploy.checkpoint import Checkpoint
 from amoeba_deploy.errors import BadInput
-from amoeba_deploy.evaluation import SEQUENCE, file_digest
+from amoeba_deploy.evaluation import SEQUENCE, Ids, file_digest, text_loss, text_rows, torch_logits
 from amoeba_deploy.extraction.folder import Learnt, extract, model_dtype, subnet_tensors
 from amoeba_deploy.files import cache_folder, json_text, read_json, whole_file
 from amoeba_deploy.model_folder import load_torch_model
@@ -66,6 +67,8 @@ class Rises:
     """What measuring took; next to nothing where all of it was in the cache."""
     measured: int
     """Losses that were measured, the others were in the cache."""
+    depths: dict[int, float]
+    """By depth the measured loss with the blocks that the selection keeps there, all of them whole."""
 
     @cached_property
     def rises(self) -> Floats:
@@ -104,7 +107,16 @@ def measure_rises(
     identity = {"checkpoint": checkpoint.digest, "base": checkpoint.selection.base_digest, **facts}
     saved = _Saved.of(identity, checkpoint.architecture.depth)
     missing = [[o for o in options if o not in known] for known in saved.blocks]
+    depths = [depth for depth in checkpoint.selection.depths if depth not in saved.depths]
     count = sum(map(len, missing)) + (saved.whole is None)
+    if depths:
+        length = facts["sequence"]
+        ids = text_rows(text, checkpoint.model.tokenizer(), length)[: facts["rows"]]
+        with progress.bar("depths", len(depths)) as step:
+            for depth in depths:
+                plan = checkpoint.plan(Shape(depth, Fraction(1), "uniform"))
+                saved.add_depth(depth, plan_loss(checkpoint, plan, ids)[0])
+                step()
     if count:
         with progress.bar("blocks", count) as step, tempfile.TemporaryDirectory(prefix="amoeba-whole-") as work:
             scorer = _Scorer(checkpoint, batches, Path(work))
@@ -121,13 +133,22 @@ def measure_rises(
     assert saved.whole is not None
     losses = np.array([[known[option] for option in options] for known in saved.blocks])
     said = {"text": text.name, **facts}
-    return Rises(tuple(options), saved.whole, losses, said, time.perf_counter() - began, count)
+    return Rises(
+        tuple(options), saved.whole, losses, said, time.perf_counter() - began, count + len(depths), saved.depths
+    )
+
+
+def plan_loss(checkpoint: Checkpoint, plan: Plan, *rows: Ids) -> list[float]:
+    """The losses of a plan, really extracted, on rows of token ids [rows, length], measured as ``evaluate`` does."""
+    with tempfile.TemporaryDirectory(prefix="amoeba-plan-") as work:
+        extract(checkpoint.model, plan, Path(work), learnt=checkpoint.learnt(plan))
+        logits = torch_logits(load_torch_model(Path(work)))
+        return [text_loss(logits, each).loss for each in rows]
 
 
 def _batches(
     checkpoint: Checkpoint, text: Path, rows: int | None, sequence: int
 ) -> tuple[tuple[Batch, ...], dict[str, Any]]:
-    from amoeba_deploy.evaluation import text_rows
     from amoeba_deploy.stage1.calibration import text_calibration
 
     length = min(sequence, checkpoint.architecture.context)
@@ -257,14 +278,16 @@ class _Saved:
     identity: dict[str, Any]
     blocks: list[dict[BlockOption, float]]
     whole: float | None
+    depths: dict[int, float]
 
     @classmethod
     def of(cls, identity: dict[str, Any], depth: int) -> _Saved:
         """What is there already."""
         key = hashlib.sha256(json.dumps([RISES_FORMAT, identity], sort_keys=True).encode()).hexdigest()[:24]
-        found = cls(cache_folder() / "block-rises" / key, identity, [], None)
+        found = cls(cache_folder() / "block-rises" / key, identity, [], None, {})
         found.blocks = [found._read(f"block-{index:03}") for index in range(depth)]
         found.whole = next(iter(found._read("whole").values()), None)
+        found.depths = {option.kv_heads: loss for option, loss in found._read("depths").items()}
         return found
 
     def add(self, index: int, losses: dict[BlockOption, float]) -> None:
@@ -272,6 +295,11 @@ class _Saved:
         if losses:
             self.blocks[index] |= losses
             self._write(f"block-{index:03}", self.blocks[index])
+
+    def add_depth(self, depth: int, loss: float) -> None:
+        """Keep the loss with the blocks that the selection keeps at a depth."""
+        self.depths[depth] = loss
+        self._write("depths", {BlockOption(number, 0): value for number, value in self.depths.items()})
 
     def set_whole(self, loss: float) -> None:
         """Keep the whole model's loss."""

@@ -191,12 +191,13 @@ class Curve:
 
     Args:
         points: sizes of the measured subnets and the values, at least one.
-        error: how well the values themselves are known, as a share; no interval is narrower.
+        spread: how far below and above a value measurements of it lie, as logarithms; no interval is narrower, since
+            nothing is predicted better than it can be measured.
     """
 
-    def __init__(self, points: Sequence[Point], error: float = 0.0) -> None:
+    def __init__(self, points: Sequence[Point], spread: tuple[float, float] = (0.0, 0.0)) -> None:
         self._points = list(points)
-        self._error = error
+        self._spread = spread
         self.trend = Trend.of(points)
         self.kind: Kind = "additive" if len(points) > 1 else "proportional"
         self._function: Function = self.trend if len(points) > 1 else _Proportional(points[0])
@@ -235,7 +236,7 @@ class Curve:
             return None
         errors = sorted(abs(residual) for residual in self._residuals)
         rank = min(math.ceil(COVERED * (len(errors) + 1)), len(errors))
-        return max(errors[rank - 1], self._error)
+        return errors[rank - 1]
 
     def _beyond(self, sizes: Architecture) -> float:
         """How far outside the measured depths and widths a subnet lies, as a share of what was measured; 0 inside."""
@@ -269,8 +270,8 @@ class Curve:
         if beyond > 0:
             assert self.additive_held_out is not None
             half = max(half, self.additive_held_out.worst) * (1 + beyond) + 0.1 * beyond
-        value = self(sizes)
-        return value * math.exp(-half), value * math.exp(half)
+        value, (below, above) = self(sizes), self._spread
+        return value * math.exp(-max(half, below)), value * math.exp(max(half, above))
 
 
 def _held_out(residuals: Sequence[float]) -> HeldOut:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -32,14 +33,13 @@ class LatencyModel:
         """Fit to at least one row; ``sizes_of`` gives a shape its subnet's sizes, of which equal ones share a row."""
         measured = {sizes_of(row.shape): row for row in rows}
 
-        def curve(name: str, error: float = 0.0) -> Curve:
-            return Curve([(sizes, max(float(getattr(row, name)), 1e-9)) for sizes, row in measured.items()], error)
+        def curve(name: str, spread: tuple[float, float] = (0.0, 0.0)) -> Curve:
+            return Curve([(sizes, max(float(getattr(row, name)), 1e-9)) for sizes, row in measured.items()], spread)
 
-        errors = {name: [getattr(row, name) or 0.0 for row in rows] for name in ("tpot_error", "ttft_error")}
         return cls(
             measured,
-            curve("tpot_ms", median(errors["tpot_error"])),
-            curve("ttft_ms", median(errors["ttft_error"])),
+            curve("tpot_ms", _spread([(row.tpot_ms, _tpot_interval(row)) for row in rows])),
+            curve("ttft_ms", _spread([(row.ttft_ms, _ttft_interval(row)) for row in rows])),
             curve("peak_memory_bytes"),
             curve("artifact_bytes"),
         )
@@ -64,10 +64,26 @@ class LatencyModel:
 
 
 def _measured(row: Row) -> Prediction:
-    tpot = _interval(row.tpot_ms, row.tpot_error, row.p10, row.p90)
-    ttft = _interval(row.ttft_ms, row.ttft_error, row.ttft_p10, row.ttft_p90)
     memory, size = row.peak_memory_bytes, row.artifact_bytes
-    return Prediction(row.tpot_ms, row.ttft_ms, memory, "measured", tpot, ttft, size)
+    intervals = _tpot_interval(row), _ttft_interval(row)
+    return Prediction(row.tpot_ms, row.ttft_ms, memory, "measured", *intervals, size)
+
+
+def _tpot_interval(row: Row) -> Interval | None:
+    return _interval(row.tpot_ms, row.tpot_error, row.p10, row.p90)
+
+
+def _ttft_interval(row: Row) -> Interval | None:
+    return _interval(row.ttft_ms, row.ttft_error, row.ttft_p10, row.ttft_p90)
+
+
+def _spread(measured: Sequence[tuple[float, Interval | None]]) -> tuple[float, float]:
+    """The medians of how far measurements lie below and above what they are of, as logarithms."""
+    known = [(value, interval) for value, interval in measured if interval is not None]
+    if not known:
+        return 0.0, 0.0
+    below = [math.log(value / max(low, 1e-9)) for value, (low, _) in known]
+    return median(below), median(math.log(high / value) for value, (_, high) in known)
 
 
 def _interval(value: float, error: float | None, low: float | None, high: float | None) -> Interval | None:
