@@ -22,6 +22,7 @@ from typing import Any
 
 from amoeba_deploy.backends import load_backend
 from amoeba_deploy.errors import AmoebaError, BadInput, ToolchainMissing
+from amoeba_deploy.files import system_refusal
 from amoeba_deploy.profiles.kit import own_tools, worker
 from amoeba_deploy.profiles.kit.form import PACKAGE, RUN, Item, Kit, check_files, kit_digest, python_version, read_kit
 from amoeba_deploy.profiles.kit.results import INTERRUPTIONS, Journal, Results, State, failures, unfinished
@@ -256,6 +257,9 @@ def main(folder: Path, arguments: Sequence[str]) -> int:
     except AmoebaError as error:
         say(f"run.py: {error}")
         return error.exit_code
+    except OSError as error:
+        say(f"run.py: {system_refusal(error)}")
+        return BadInput.exit_code
     except KeyboardInterrupt:
         say("run.py: interrupted; run it again to go on")
         return 1
