@@ -164,8 +164,10 @@ def test_the_manifest_says_what_was_built_from_what_and_by_what(manifest: dict[s
 
 
 def test_the_manifest_agrees_with_what_export_printed(manifest: dict[str, Any], printed: dict[str, Any]) -> None:
-    for key in ("device", "flow", "precision", "workload", "budget", "shape", "predicted", "quality"):
+    for key in ("device", "flow", "precision", "workload", "budget", "shape", "predicted"):
         assert manifest[key] == printed[key]
+    # How well losses are interpolated is of the checkpoint, not of what was built.
+    assert manifest["quality"] == {name: printed["quality"][name] for name in ("metric", "value", "source")}
 
 
 def test_the_manifest_names_the_units_that_were_kept(manifest: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ from amoeba_deploy.checkpoint import Checkpoint
 from amoeba_deploy.device_test import Item, checkpoint_of, examine_item, failure, whole_and_half
 from amoeba_deploy.errors import AmoebaError, BadInput, ToolchainMissing, VerificationFailed
 from amoeba_deploy.model_folder import ModelFolder
+from amoeba_deploy.profiles.measure import Peak
 from amoeba_deploy.profiles.profiler import empty_table
 from amoeba_deploy.profiles.table import Row, Table, write_table
 from amoeba_deploy.profiles.workload import Workload
@@ -146,7 +147,7 @@ def test_steps_run_in_the_bundles_folder_before_the_engine_is_opened(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     offer_fake(monkeypatch, steps=(finishing("compiled here"),))
-    monkeypatch.setattr(device_test, "peak_memory", lambda *_: 1)
+    monkeypatch.setattr(device_test, "peak_memory", lambda *_: Peak(1, None))
     found = examine_item(item(checkpoint, "fake"), tmp_path)
     assert found["outcome"] == "passed", found
     assert [(step["does"], step["done"]) for step in found["steps"]] == [("compile the engine", "yes")]
@@ -275,7 +276,7 @@ def test_reports_and_tables_made_of_them_are_what_the_schema_says(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     offer_fake(monkeypatch, steps=(finishing(),))
-    monkeypatch.setattr(device_test, "peak_memory", lambda *_: 1)
+    monkeypatch.setattr(device_test, "peak_memory", lambda *_: Peak(1, None))
     passed = examine_item(item(checkpoint, "fake"), made(tmp_path / "one"))
     failed = examine_item(item(checkpoint, "no-such-flow"), made(tmp_path / "two"))
     row = Row(**passed.pop("row"))

@@ -187,7 +187,7 @@ def shipped_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     """An empty folder in the place of the tables that ship with the package."""
     folder = tmp_path / "tables"
     folder.mkdir()
-    monkeypatch.setattr(shipped, "FOLDER", folder)
+    monkeypatch.setattr(shipped, "SHIPPED", folder)
     shipped.all_shipped.cache_clear()
     yield folder
     shipped.all_shipped.cache_clear()
