@@ -185,7 +185,9 @@ def test_a_config_is_a_file_a_folder_or_a_hub_id(demo: Checkpoint, monkeypatch: 
     assert asked == [("org/model", "config.json")]
 
 
-def test_a_hub_id_that_is_not_had_is_one_sentence() -> None:
+def test_a_hub_id_that_is_not_had_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The environment is read when the library is imported; without this it would look for a network.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(BadInput, match="org/nothing: is no folder here, and the hub did not give it"):
         resolve_config("org/nothing")
 
