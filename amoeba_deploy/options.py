@@ -181,6 +181,14 @@ cut_options = _all(
     ),
 )
 
+settings_option = click.option(
+    "--set", "settings", type=Setting(), multiple=True, metavar="NAME=VALUE", help="A setting of the engine's own."
+)
+
+measured_shapes_option = click.option(
+    "--shapes", default="spread", show_default=True, help="spread (a dozen), corners, grid, or shapes with commas."
+)
+
 workload_options = _all(
     click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Sequences at once."),
     click.option("--prompt", type=click.IntRange(1), default=128, show_default=True, help="Prompt tokens."),
@@ -226,7 +234,5 @@ search_options = _all(
         "--table", type=click.Path(path_type=Path), multiple=True, help="Latency table to use; several are merged."
     ),
     click.option("--measured-only", is_flag=True, help="Refuse estimates."),
-    click.option(
-        "--set", "settings", type=Setting(), multiple=True, metavar="NAME=VALUE", help="A setting of the engine's own."
-    ),
+    settings_option,
 )

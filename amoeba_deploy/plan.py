@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from amoeba_deploy.architecture import Architecture
 from amoeba_deploy.errors import BadInput
+from amoeba_deploy.files import whole_file, write_json
 from amoeba_deploy.shape import Shape, distinct_widths, kept_units, nearest_count, parse_width
 
 PLAN_FORMAT = "amoeba.plan/1"
@@ -278,6 +279,12 @@ def plan_from_json(value: Any, architecture: Architecture, where: str) -> Plan:
     if not all(Plan(Shape(1, Fraction(1)), tuple(blocks)).widest):
         raise BadInput(f"{where}: no block keeps its attention, or none its feed-forward; keep at least one of each")
     return Plan(Shape(depth, parse_width(str(head.get("width"))), head["policy"]), tuple(blocks))
+
+
+def write_plan(file: Path, plan: Plan, force: bool = False) -> None:
+    """Write a plan file, which ``--shape`` takes; raises BadInput where the file exists and ``force`` is not set."""
+    with whole_file(file, force) as work:
+        write_json(work, plan.to_json())
 
 
 def read_plan(path: Path, architecture: Architecture) -> Plan:

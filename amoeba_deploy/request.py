@@ -5,18 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from amoeba_deploy.entrants import Choices, Entrants, entrants_of, require_measured
 from amoeba_deploy.errors import BadInput
 from amoeba_deploy.export import Phases
-from amoeba_deploy.files import whole_file, write_json
 from amoeba_deploy.latency_source import latencies_of
 from amoeba_deploy.local_latency import measured_shapes
 from amoeba_deploy.options import comma_list
-from amoeba_deploy.plan import Plan
+from amoeba_deploy.plan import Plan, write_plan
 from amoeba_deploy.profiles.device import Device, load_device
 from amoeba_deploy.profiles.table import Table
 from amoeba_deploy.profiles.workload import Workload
@@ -42,7 +41,6 @@ from amoeba_deploy.target import Target, resolve_target
 BOUNDS = {"tpot": "tpot", "ttft": "ttft", "e2e": "e2e", "size": "size", "loss": "max_loss"}
 """Quantities that options of their own bound, beside --latency and --memory, with the options' names."""
 EXHAUSTIVE, HIERARCHICAL, EVOLUTIONARY = "exhaustive", "hierarchical", "evolutionary"
-METHODS = (HIERARCHICAL, EXHAUSTIVE, EVOLUTIONARY)
 
 
 def require_budget(asked: Mapping[str, Any], shape: str | None) -> None:
@@ -149,7 +147,7 @@ class Request:
         """The plan that was asked for by ``--shape``, in sizes that an engine takes; None where none was."""
         return None if self.shape is None else self.space.plan(self.shape, flow, precision)
 
-    @property
+    @cached_property
     def quality(self) -> Quality | None:
         """What is known of the quality of the shapes in question."""
         plans = [self.plan(flow, precision) for flow, precision in self.target.pairs]
@@ -270,8 +268,7 @@ class Answer:
         space, best = self.request.space, self.best
         assert space.checkpoint is not None, "the command asked for a checkpoint"
         plan = space.checkpoint.plan(best.shape, space.steps(best.flow, best.precision))
-        with whole_file(file, force) as work:
-            write_json(work, plan.to_json())
+        write_plan(file, plan, force)
 
     @property
     def held_out(self) -> dict[str, float] | None:

@@ -11,7 +11,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from amoeba_deploy.backends import flow_names, load_backend
-from amoeba_deploy.backends.backend import Backend, BuildOptions, check_precision, options_for, require_toolchain
+from amoeba_deploy.backends.backend import (
+    Backend,
+    BuildOptions,
+    check_precision,
+    chosen_settings,
+    options_for,
+    require_toolchain,
+)
 from amoeba_deploy.errors import AmoebaError, BadInput, ToolchainMissing
 from amoeba_deploy.profiles.device import LOCAL, Device
 from amoeba_deploy.profiles.table import Row, Table
@@ -37,20 +44,16 @@ class Target:
 
     def own_settings(self, flow: str) -> dict[str, str]:
         """The settings of an engine that are not at their defaults: another engine, as far as latency goes."""
-        known = load_backend(flow).settings
-        return {name: value for name, value in self.settings.items() if known[name].default != value}
+        return chosen_settings(load_backend(flow), self.options(flow))
 
     def rows(self, table: Table, flow: str, precision: str) -> Table:
         """The table with only the rows of a flow and precision that were measured as this target runs them.
 
         A row that does not say what context its engine provided for fits any; one that says it is preferred.
         """
-        settings = self.own_settings(flow)
         suited: dict[tuple[Any, ...], Row] = {}
-        for row in table.rows:
+        for row in table.selected(self.context, self.own_settings(flow)).rows:
             if (row.flow, row.precision, row.workload) != (flow, precision, self.workload):
-                continue
-            if row.context not in (None, self.context) or dict(row.settings) != settings:
                 continue
             at = row.depth, row.width, row.policy
             if at not in suited or row.context is not None:

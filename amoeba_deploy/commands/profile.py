@@ -12,10 +12,11 @@ from amoeba_deploy.errors import BadInput
 from amoeba_deploy.options import (
     Memory,
     Seconds,
-    Setting,
     checkpoint_argument,
     comma_list,
+    measured_shapes_option,
     output_options,
+    settings_option,
     workload_options,
 )
 from amoeba_deploy.progress import Progress
@@ -31,14 +32,10 @@ if TYPE_CHECKING:
 @click.option(
     "--device", default="local", show_default=True, help="What to call this machine in a table written by -o."
 )
-@click.option(
-    "--shapes", default="spread", show_default=True, help="spread (a dozen), corners, grid, or shapes with commas."
-)
+@measured_shapes_option
 @click.option("--repeats", type=click.IntRange(3), help="Runs of each engine.  [default: until medians are precise]")
 @click.option("--budget", type=Seconds(), default="5m", show_default=True, help="Time after which no run begins.")
-@click.option(
-    "--set", "settings", type=Setting(), multiple=True, metavar="NAME=VALUE", help="A setting of the engine's own."
-)
+@settings_option
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Table to write.  [default: this machine's cache]"
 )
@@ -183,13 +180,9 @@ def profile_import(
 @click.option("--device", help="What is to be measured: a name of 'amoeba devices', or the path of your own file.")
 @click.option("--flow", help="Flows, separated by commas.")
 @click.option("--precision", help="Precisions, separated by commas.  [default: the device's, or a flow's best]")
-@click.option(
-    "--shapes", default="spread", show_default=True, help="spread (a dozen), corners, grid, or shapes with commas."
-)
+@measured_shapes_option
 @click.option("--budget", type=Seconds(), default="20m", show_default=True, help="Time after which no run begins.")
-@click.option(
-    "--set", "settings", type=Setting(), multiple=True, metavar="NAME=VALUE", help="A setting of the engine's own."
-)
+@settings_option
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder to write.")
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @click.option("--on", "address", metavar="ssh://[USER@]HOST[:PORT][/DIR]", help="Run the kit there, fetch its results.")

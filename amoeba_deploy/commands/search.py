@@ -71,7 +71,6 @@ def search(
     from amoeba_deploy import answer_text
     from amoeba_deploy.files import check_new_file
     from amoeba_deploy.measured_quality import TOP, QualityCheck, with_measured_quality
-    from amoeba_deploy.per_block.report import print_block_answer
     from amoeba_deploy.request import EVOLUTIONARY, Request, require_measurable
     from amoeba_deploy.several import SeveralAnswers, asked_of_each, of_device
     from amoeba_deploy.space import Space
@@ -92,6 +91,8 @@ def search(
     if output is not None and space.checkpoint is None:
         raise BadInput("-o writes which units a plan keeps, and a config has none; give a checkpoint")
     if asked["method"] == EVOLUTIONARY:
+        from amoeba_deploy.per_block.report import print_block_answer
+
         found = _search_blocks(space, each, quality_text, plot, Progress(quiet))
         if output is not None:
             found.result.write_plan(output, force)

@@ -17,7 +17,6 @@ from amoeba_deploy.checkpoint import Checkpoint
 from amoeba_deploy.errors import BadInput
 from amoeba_deploy.evaluation import SEQUENCE, Ids, text_rows
 from amoeba_deploy.extraction.folder import check_plan
-from amoeba_deploy.files import whole_file, write_json
 from amoeba_deploy.per_block.candidates import baselines, on_selected_depths, uniform_choices
 from amoeba_deploy.per_block.costs import BlockCosts, BlockMemory, check_costs
 from amoeba_deploy.per_block.evolutionary import GENERATIONS, best_within, evolve
@@ -31,7 +30,7 @@ from amoeba_deploy.per_block.options import (
 )
 from amoeba_deploy.per_block.problem import Constraint, Problem, Solution, dropped_at_most
 from amoeba_deploy.per_block.surrogate import Rises, measure_rises, plan_loss
-from amoeba_deploy.plan import Plan
+from amoeba_deploy.plan import Plan, write_plan
 from amoeba_deploy.progress import Progress
 
 Method = Literal["evolutionary", "exact"]
@@ -102,8 +101,7 @@ class BlockSearchResult:
 
     def write_plan(self, file: Path, force: bool = False) -> None:
         """Write the best plan as a plan file, which ``--shape`` takes wherever it takes a shape."""
-        with whole_file(file, force) as work:
-            write_json(work, self.best.plan.to_json())
+        write_plan(file, self.best.plan, force)
 
     def to_json(self) -> dict[str, Any]:
         """JSON values of the whole answer, the best plan included."""

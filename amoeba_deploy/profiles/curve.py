@@ -23,7 +23,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import combinations
 from typing import Literal
 
 import numpy as np
@@ -31,6 +30,7 @@ from numpy.typing import NDArray
 
 from amoeba_deploy.architecture import Architecture
 from amoeba_deploy.interpolation import over_shapes
+from amoeba_deploy.profiles.fitting import subset_solutions
 from amoeba_deploy.profiles.statistics import percentile
 
 Values = NDArray[np.float64]
@@ -61,8 +61,8 @@ def _terms(sizes: Architecture) -> Values:
     return np.array([1.0, *(sizes.depth * term for term in _block_terms(sizes))])
 
 
-def _least_squares(terms: Values, values: Values) -> tuple[Values, float]:
-    """Coefficients [5] of least squared relative error that are not negative, and that error.
+def _least_squares(terms: Values, values: Values) -> Values:
+    """Coefficients [5] of least squared relative error that are not negative.
 
     With four terms at most, every choice of those that are not zero is tried: the best is the exact optimum.
     """
@@ -70,17 +70,12 @@ def _least_squares(terms: Values, values: Values) -> tuple[Values, float]:
     scaled = terms / scale / values[:, None]
     best, least = np.zeros(terms.shape[1]), math.inf
     for family in _FAMILIES:
-        for count in range(1, len(family) + 1):
-            for chosen in combinations(family, count):
-                columns = scaled[:, chosen]
-                found = np.linalg.lstsq(columns, np.ones(len(values)), rcond=None)[0]
-                error = float(np.square(columns @ found - 1).sum())
-                # A term more must be worth it: more terms always fit the measured points better.
-                error *= 1 + 2 * count / max(len(values) - count, 1)
-                if (found >= 0).all() and error < least:
-                    best, least = np.zeros(terms.shape[1]), error
-                    best[list(chosen)] = found / scale[list(chosen)]
-    return best, least
+        for found, error, count in subset_solutions(scaled, np.ones(len(values)), family):
+            # A term more must be worth it: more terms always fit the measured points better.
+            judged = error * (1 + 2 * count / max(len(values) - count, 1))
+            if judged < least:
+                best, least = found / scale, judged
+    return best
 
 
 @dataclass(frozen=True)
@@ -92,7 +87,7 @@ class Trend:
     @classmethod
     def of(cls, points: Sequence[Point]) -> Trend:
         values = np.array([value for _, value in points])
-        return cls(_least_squares(np.array([_terms(sizes) for sizes, _ in points]), values)[0])
+        return cls(_least_squares(np.array([_terms(sizes) for sizes, _ in points]), values))
 
     def __call__(self, sizes: Architecture) -> float:
         return float(self.coefficients @ _terms(sizes))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -69,17 +69,28 @@ def non_negative(matrix: NDArray[Any], target: NDArray[Any]) -> NDArray[Any]:
 
     count = matrix.shape[1]
     best, least = np.zeros(count), float(target @ target)
-    for size in range(1, count + 1):
-        for columns in itertools.combinations(range(count), size):
-            chosen = list(columns)
+    for solution, error, _ in subset_solutions(matrix, target, range(count)):
+        if error < least:
+            best, least = solution, error
+    return best
+
+
+def subset_solutions(
+    matrix: NDArray[Any], target: NDArray[Any], columns: Sequence[int]
+) -> Iterator[tuple[NDArray[Any], float, int]]:
+    """The least squares over every subset of some columns that has no negative entry: x [n], |error|^2, its size."""
+    import numpy as np
+
+    for size in range(1, len(columns) + 1):
+        for subset in itertools.combinations(columns, size):
+            chosen = list(subset)
             solution = np.linalg.lstsq(matrix[:, chosen], target, rcond=None)[0]
             if (solution < 0).any():
                 continue
             errors = matrix[:, chosen] @ solution - target
-            if float(errors @ errors) < least:
-                least, best = float(errors @ errors), np.zeros(count)
-                best[chosen] = solution
-    return best
+            whole = np.zeros(matrix.shape[1])
+            whole[chosen] = solution
+            yield whole, float(errors @ errors), size
 
 
 def _three(values: NDArray[Any]) -> Three:

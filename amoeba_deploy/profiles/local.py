@@ -12,12 +12,11 @@ from amoeba_deploy.backends.backend import options_for, require_toolchain
 from amoeba_deploy.errors import BadInput
 from amoeba_deploy.files import check_new_file
 from amoeba_deploy.profiles.bench_words import Form, bench_text
-from amoeba_deploy.profiles.device import load_device
+from amoeba_deploy.profiles.device import LOCAL, load_device
 from amoeba_deploy.profiles.latency_model import LatencyModel
 from amoeba_deploy.profiles.prediction import Prediction
 from amoeba_deploy.profiles.profiler import (
     BUDGET_SECONDS,
-    LOCAL,
     Pair,
     local_table,
     local_table_file,

@@ -42,6 +42,10 @@ LEAST_REPEATS = 9
 MOST_REPEATS = 99
 ALWAYS_REPEATS = 3
 """Runs that every engine gets, however short the time is."""
+ROOM_SHARE = 0.5
+"""Of the free memory, what engines that are open together may take."""
+OPEN_SHARE = 1.5
+"""What an open engine takes of memory for each byte of its artefact: some engines pack weights anew."""
 VISIT_REPEATS = 3
 """Runs of an engine each time it is opened, where not all engines can be open at once."""
 

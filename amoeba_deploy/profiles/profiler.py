@@ -29,8 +29,9 @@ from amoeba_deploy.backends.backend import (
 )
 from amoeba_deploy.errors import AmoebaError, BadInput
 from amoeba_deploy.files import cache_folder, folder_bytes
+from amoeba_deploy.profiles.device import LOCAL
 from amoeba_deploy.profiles.machine import conditions, fingerprint, machine_facts, threads
-from amoeba_deploy.profiles.measure import Subject, measure, peak_memory
+from amoeba_deploy.profiles.measure import OPEN_SHARE, ROOM_SHARE, Subject, measure, peak_memory
 from amoeba_deploy.profiles.sizes import SIZES, sizes_to_json
 from amoeba_deploy.profiles.source import Source
 from amoeba_deploy.profiles.table import Row, Table, measured_row, read_table
@@ -38,12 +39,9 @@ from amoeba_deploy.profiles.workload import Workload
 from amoeba_deploy.progress import Progress
 from amoeba_deploy.shape import Shape
 
-LOCAL = "local"
 BUDGET_SECONDS = 300.0
-ROOM_SHARE = 0.5
-"""Of the free memory, what engines that are open together may take; and of the free disk, what artefacts may."""
-OPEN_SHARE = 1.5
-"""What an open engine takes of memory for each byte of its artefact: some engines pack weights anew."""
+DISK_SHARE = 0.5
+"""Of the free disk, what artefacts that are measured together may take."""
 
 
 class Modelled(Protocol):
@@ -188,7 +186,7 @@ def profile(
 
 def _batches(source: Source, items: Sequence[Item]) -> list[list[Item]]:
     """The items in groups whose artefacts lie on the disk together; one at least is in each."""
-    room = ROOM_SHARE * shutil.disk_usage(tempfile.gettempdir()).free
+    room = DISK_SHARE * shutil.disk_usage(tempfile.gettempdir()).free
     batches: list[list[Item]] = []
     taken = room
     for item in items:

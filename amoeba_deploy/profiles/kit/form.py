@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -187,8 +186,3 @@ def all_files(folder: Path) -> dict[str, tuple[int, str]]:
     """Bytes and sha256 of every file below a folder, by its path with slashes, in order."""
     found = sorted(file for file in folder.rglob("*") if file.is_file())
     return {file.relative_to(folder).as_posix(): (file.stat().st_size, sha256_of(file)) for file in found}
-
-
-def python_version() -> str:
-    """The version of the Python that runs this."""
-    return platform.python_version()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from amoeba_deploy.backends import load_backend
 from amoeba_deploy.errors import AmoebaError, BadInput, ToolchainMissing
 from amoeba_deploy.files import system_refusal
 from amoeba_deploy.profiles.kit import own_tools, worker
-from amoeba_deploy.profiles.kit.form import PACKAGE, RUN, Item, Kit, check_files, kit_digest, python_version, read_kit
+from amoeba_deploy.profiles.kit.form import PACKAGE, RUN, Item, Kit, check_files, kit_digest, read_kit
 from amoeba_deploy.profiles.kit.results import INTERRUPTIONS, Journal, Results, State, failures, unfinished
 from amoeba_deploy.profiles.kit.worker import current_file, error_of
 from amoeba_deploy.profiles.machine import conditions, fingerprint, machine_facts, threads
@@ -56,7 +57,7 @@ class Runner:
         line: dict[str, Any] = {"record": kind, "date": now.isoformat(timespec="seconds"), "conditions": conditions()}
         if kind == "session":
             machine = machine_facts() | {"fingerprint": fingerprint(), "threads": threads()}
-            line |= {"machine": machine, "python": python_version(), "engines": self._versions()}
+            line |= {"machine": machine, "python": platform.python_version(), "engines": self._versions()}
         self.journal.add(line)
 
     def _versions(self) -> dict[str, str]:

@@ -18,7 +18,7 @@ from amoeba_deploy.backends.backend import Counts, Engine, Ids
 from amoeba_deploy.errors import AmoebaError, ToolchainMissing
 from amoeba_deploy.profiles.kit.form import Item, Kit, read_kit
 from amoeba_deploy.profiles.kit.results import FILE, RESULTS, Journal, State
-from amoeba_deploy.profiles.measure import Run, Stopped, Subject, measure
+from amoeba_deploy.profiles.measure import OPEN_SHARE, ROOM_SHARE, Run, Stopped, Subject, measure
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,10 +26,6 @@ if TYPE_CHECKING:
 
 CURRENT = "current"
 """Names the item that is under way; missing where none is."""
-ROOM_SHARE = 0.5
-"""Of the free memory, what engines that are open together may take."""
-OPEN_SHARE = 1.5
-"""What an open engine takes of memory for each byte of its artefact: some engines pack weights anew."""
 
 
 def current_file(folder: Path) -> Path:
