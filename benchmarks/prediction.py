@@ -62,8 +62,7 @@ def compare(source: ConfigSource, engine: str, shapes: list[Shape], held_out: in
     held = random.Random(0).sample(others, min(held_out, len(others)))
     options = options_for(backend, CONTEXT)
     items = [Item(flow, precision, shape, options) for shape in (*chosen, *held, *held)]
-    deadline = time.perf_counter() + budget
-    rows = measured_rows(source, items, workload, None, deadline, Progress())
+    rows = measured_rows(source, items, workload, None, time.perf_counter(), Progress(), least=budget)
     known, first, second = rows[: len(chosen)], rows[len(chosen) : len(chosen) + len(held)], rows[-len(held) :]
     steps = source.steps(backend, precision)
     model = LatencyModel.fit(known, lambda shape: source.sized(shape, steps))

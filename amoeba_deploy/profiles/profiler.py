@@ -7,11 +7,13 @@ rest. Tables of this machine are kept in the cache folder, one for each machine 
 from __future__ import annotations
 
 import datetime
+import os
 import random
 import shutil
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,7 +33,7 @@ from amoeba_deploy.errors import AmoebaError, BadInput
 from amoeba_deploy.files import cache_folder, folder_bytes
 from amoeba_deploy.profiles.device import LOCAL
 from amoeba_deploy.profiles.machine import conditions, fingerprint, machine_facts, threads
-from amoeba_deploy.profiles.measure import OPEN_SHARE, ROOM_SHARE, Subject, measure, peak_memory
+from amoeba_deploy.profiles.measure import OPEN_SHARE, ROOM_SHARE, Peak, Subject, measure, peak_memory
 from amoeba_deploy.profiles.sizes import SIZES, sizes_to_json
 from amoeba_deploy.profiles.source import Source
 from amoeba_deploy.profiles.table import Row, Table, measured_row, read_table
@@ -40,6 +42,10 @@ from amoeba_deploy.progress import Progress
 from amoeba_deploy.shape import Shape
 
 BUDGET_SECONDS = 300.0
+RUNS_SHARE = 0.5
+"""Of the budget, what is left for runs however long the engines took to build."""
+OWN_BYTES = 1e9
+"""What a process that runs an engine takes of memory beside the engine, at most."""
 DISK_SHARE = 0.5
 """Of the free disk, what artefacts that are measured together may take."""
 
@@ -148,7 +154,7 @@ def profile(
         workload: batch, prompt and tokens.
         context: positions that the engines provide for.
         repeats: runs of each engine after its warm-up; as many as its medians need where left out.
-        budget: seconds after which no further run begins; a few are always done.
+        budget: seconds after which no further run begins, building included; half of it is left for runs in any case.
         device: the name that the table gives this machine.
         settings: of the engines' own, where a single flow is measured.
         progress: told of every build and run.
@@ -170,8 +176,9 @@ def profile(
     random.Random(0).shuffle(items)  # so that batches differ in nothing but their turn
     for batch in _batches(source, items):
         done = len(rows)
+        share = budget * len(batch) / len(items)
         deadline = began + budget * (done + len(batch)) / len(items)
-        rows += measured_rows(source, batch, workload, repeats, deadline, progress)
+        rows += measured_rows(source, batch, workload, repeats, deadline, progress, RUNS_SHARE * share)
     run = {
         "date": table.facts["date"],
         "engines": [f"{flow} {precision}" for flow, precision in wanted],
@@ -208,8 +215,12 @@ def measured_rows(
     repeats: int | None,
     deadline: float,
     progress: Progress,
+    least: float = 0.0,
 ) -> list[Row]:
-    """Build, weigh and measure engines together; one row for each, in their order."""
+    """Build, weigh and measure engines together; one row for each, in their order.
+
+    No run begins after ``deadline``, a ``time.perf_counter()``, nor before ``least`` seconds of measuring are over.
+    """
     import psutil
 
     vocabulary = source.architecture.vocabulary
@@ -220,20 +231,26 @@ def measured_rows(
             for item, folder in zip(items, folders, strict=True):
                 _build(source, item, folder)
                 step(str(item))
-        with progress.bar("memory", len(items)) as step:
-            peaks = []
-            for item, folder in zip(items, folders, strict=True):
-                engine = item.flow, item.precision, folder
-                peaks.append(peak_memory(*engine, vocabulary, workload, item.options.context))
-                step(str(item))
-        left = max(deadline - time.perf_counter(), 0)
-        progress.say(f"measuring {len(items)} engines in turn, for {left:.0f} s at most if that is enough")
         sizes = [folder_bytes(folder) for folder in folders]
+        room = ROOM_SHARE * psutil.virtual_memory().available
+        with progress.bar("memory", len(items)) as step:
+
+            def peak_of(item: Item, folder: Path) -> Peak:
+                found = peak_memory(item.flow, item.precision, folder, vocabulary, workload, item.options.context)
+                step(str(item))
+                return found
+
+            # Most of it is one core importing libraries, and no time is measured: so as many at once as fit.
+            fit = room / (OPEN_SHARE * max(sizes) + OWN_BYTES)
+            with ThreadPoolExecutor(max(1, min(int(fit), os.cpu_count() or 1))) as pool:
+                peaks = list(pool.map(peak_of, items, folders))
+        deadline = max(deadline, time.perf_counter() + least)
+        left = deadline - time.perf_counter()
+        progress.say(f"measuring {len(items)} engines in turn, for {max(left, 0):.0f} s at most if that is enough")
         subjects = [
             Subject(partial(_open, item, folder), round(OPEN_SHARE * size))
             for item, folder, size in zip(items, folders, sizes, strict=True)
         ]
-        room = ROOM_SHARE * psutil.virtual_memory().available
         with progress.bar("measure", len(items)) as step:
             timings = measure(subjects, vocabulary, workload, repeats, deadline, step, room=room)
     rows = []
