@@ -27,9 +27,6 @@ from amoeba_deploy.progress import Progress
 from amoeba_deploy.request import Request, require_budget
 from amoeba_deploy.space import Space
 
-ALL = "all"
-
-
 @dataclass(frozen=True)
 class PassedOver:
     """An engine that was not built; ``precision`` is None where its flow has none that was asked for, or no engine."""

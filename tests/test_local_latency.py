@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from conftest import amoeba, sentence
 
-from amoeba_deploy.backends import load_backend
+from amoeba_deploy.backends import flow_names, load_backend
 from amoeba_deploy.backends.onnx import OnnxBackend
 from amoeba_deploy.checkpoint import Checkpoint
 from amoeba_deploy.local_latency import SPREAD
+from amoeba_deploy.profiles.local import ready_combinations
 from amoeba_deploy.profiles.profiler import empty_table, local_table, local_table_file
 from amoeba_deploy.profiles.table import make_row, write_table
 from amoeba_deploy.profiles.workload import Workload
@@ -171,3 +172,29 @@ def test_a_wrong_shape_is_said_before_an_output_that_is_taken(checkpoint: Checkp
     for flow in ("onnx", "all"):
         asked = ("export", checkpoint.path, "--device", "orin-nx", "--flow", flow, "--shape", "99x1", "--quiet")
         assert "99" in sentence(amoeba(*asked, "-o", tmp_path / "taken"), 2)
+
+
+def test_all_names_every_flow_whose_toolchain_is_here() -> None:
+    here = [flow for flow in flow_names() if not load_backend(flow).toolchain().missing]
+    assert {"torch", "onnx"} <= set(here)
+    pairs = ready_combinations(["all"], [])
+    assert pairs == [(flow, precision) for flow in here for precision in load_backend(flow).precisions()]
+
+
+def test_all_flows_are_profiled_and_those_that_cannot_run_here_are_said(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("amoeba_deploy.profiles.local.flow_names", lambda: ("torch", "onnx", "torch-compile"))
+    monkeypatch.setattr(load_backend("torch-compile"), "cannot_run", lambda *_: "there is no compiler here")
+    asked = ("--flow", "all", "--precision", "fp32", "--shapes", "2x1", "--prompt", 8, "--tokens", 4, "--repeats", 3)
+    done = amoeba("profile", checkpoint.path, *asked, "--json")
+    assert done.exit_code == 0, done.output
+    assert "left out torch-compile fp32: it refuses the shape 2x1: there is no compiler here" in done.stderr
+    table = local_table(checkpoint)
+    assert table is not None
+    assert {(row.flow, row.precision) for row in table.rows} == {("torch", "fp32"), ("onnx", "fp32")}
+
+
+def test_all_flows_and_one_of_them_are_not_named_together(checkpoint: Checkpoint) -> None:
+    said = sentence(amoeba("profile", checkpoint.path, "--flow", "all,onnx"), 2)
+    assert said == "amoeba: --flow all names every flow already; leave the others out"

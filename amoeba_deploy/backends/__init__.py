@@ -32,6 +32,10 @@ def _others() -> dict[str, EntryPoint]:
     return {point.name: point for point in entry_points(group=GROUP) if point.name not in _own_modules()}
 
 
+ALL = "all"
+"""What stands for every flow where flows are named."""
+
+
 def flow_names() -> tuple[str, ...]:
     """The flows that this installation can lower to."""
     return (*_own_modules(), *sorted(_others()))

@@ -48,7 +48,8 @@ def export(
     amoeba export --device orin-nx --latency 40ms --flow all -o engines
     """
     from amoeba_deploy import answer_text
-    from amoeba_deploy.export_all import ALL, export_all
+    from amoeba_deploy.backends import ALL
+    from amoeba_deploy.export_all import export_all
     from amoeba_deploy.exported import export_answer
     from amoeba_deploy.files import check_target
     from amoeba_deploy.request import Request

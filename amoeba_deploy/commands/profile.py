@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @click.command(cls=WithSubcommands)
 @checkpoint_argument
-@click.option("--flow", help="Flows, separated by commas.  [default: those that the device 'local' lists]")
+@click.option("--flow", help="Flows, separated by commas, or all.  [default: those that 'local' lists]")
 @click.option("--precision", help="Precisions, separated by commas.  [default: all of each flow]")
 @click.option(
     "--device", default="local", show_default=True, help="What to call this machine in a table written by -o."

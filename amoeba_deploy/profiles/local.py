@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from amoeba_deploy.architecture import Architecture
-from amoeba_deploy.backends import load_backend
+from amoeba_deploy.backends import ALL, flow_names, load_backend
 from amoeba_deploy.backends.backend import options_for, require_toolchain
 from amoeba_deploy.errors import BadInput
 from amoeba_deploy.files import check_new_file
@@ -83,10 +83,16 @@ class Profiled:
 def ready_combinations(flows: Sequence[str], precisions: Sequence[str]) -> list[tuple[str, str]]:
     """Flow and precision pairs to profile: those asked for, or those of the flows that the device ``local`` lists.
 
+    ``all`` stands for every flow whose toolchain is here.
+
     Raises:
-        ToolchainMissing: a flow asked for, or every flow, lacks its toolchain.
-        BadInput: no flow has a precision asked for.
+        ToolchainMissing: a flow asked for lacks its toolchain.
+        BadInput: no flow has a precision asked for, or ``all`` stands beside others.
     """
+    if ALL in flows:
+        if len(flows) > 1:
+            raise BadInput(f"--flow {ALL} names every flow already; leave the others out")
+        flows = [flow for flow in flow_names() if not load_backend(flow).toolchain().missing]
     for flow in flows:
         require_toolchain(load_backend(flow))
     wanted = flows or [preference.flow for preference in load_device(LOCAL).flows]
@@ -148,7 +154,7 @@ def profile_to(
         raise BadInput("--set is of one engine, and several flows would be measured; name one with --flow")
     positions = workload.context_for(source.architecture.context, context)
     wanted: Mapping[Pair, Sequence[Shape]] = {pair: shapes_named(source, shapes, *pair) for pair in pairs}
-    if not precisions:
+    if not precisions or ALL in flows:
         wanted = _without_refused(source, wanted, positions, workload.batch, settings, progress)
     table = profile(
         source,
