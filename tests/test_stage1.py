@@ -29,7 +29,7 @@ from amoeba_deploy.stage1.removal import LocalRemover, Removed, Trial, Work, tot
 
 DEMO = EMBEDDED.parent
 MEMORY = 10**9
-SMALL = Settings(samples=48, sequence=32, minimum_depth=10, keep_last=1)
+SMALL = Settings(samples=16, sequence=32, minimum_depth=10, keep_last=1)
 
 
 @pytest.fixture(scope="session")
@@ -146,6 +146,12 @@ def chosen(demo: Checkpoint, **changes: Any) -> Selection:
     return select(demo.model, DEMO / "validation.txt", replace(SMALL, **changes), progress=QUIET)
 
 
+@pytest.fixture(scope="module")
+def plain(demo: Checkpoint) -> Selection:
+    """What is chosen where nothing is changed."""
+    return chosen(demo)
+
+
 def same(one: Selection, two: Selection) -> bool:
     pairs = zip(one.blocks, two.blocks, strict=True)
     arrays = all((a.tensors(0)[key] == b.tensors(0)[key]).all() for a, b in pairs for key in a.tensors(0))
@@ -158,10 +164,10 @@ def test_blocks_from_disk_give_the_same_selection_bit_for_bit(demo: Checkpoint) 
         assert same(here, chosen(demo, width_method=method, offload=True, state_memory=10**6))
 
 
-def test_two_workers_give_the_same_selection_bit_for_bit(demo: Checkpoint) -> None:
+def test_two_workers_give_the_same_selection_bit_for_bit(demo: Checkpoint, plain: Selection) -> None:
     pytest.importorskip("ray")
     spread = chosen(demo, workers=2)
-    assert same(chosen(demo), spread)
+    assert same(plain, spread)
     work = spread.facts["block_evaluations"]
     assert work["measured"] <= work["prefix"]
 
@@ -172,8 +178,9 @@ def test_more_workers_than_processors_are_refused(demo: Checkpoint) -> None:
         chosen(demo, workers=999)
 
 
-def test_an_interrupted_run_goes_on_and_ends_the_same(demo: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    undisturbed = chosen(demo)
+def test_an_interrupted_run_goes_on_and_ends_the_same(
+    demo: Checkpoint, plain: Selection, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write = SavedTable.write
 
     def interrupted(self: SavedTable, column: Any) -> None:
@@ -186,10 +193,10 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(demo: Checkpoint, monkeypa
         chosen(demo)
     monkeypatch.setattr(SavedTable, "write", write)
     resumed = chosen(demo, resume=True)
-    assert same(resumed, undisturbed)
-    assert resumed.facts["evaluations"] < undisturbed.facts["evaluations"]
+    assert same(resumed, plain)
+    assert resumed.facts["evaluations"] < plain.facts["evaluations"]
     # The table is gone once it is complete: nothing is there to go on from.
-    assert chosen(demo, resume=True).facts["evaluations"] == undisturbed.facts["evaluations"]
+    assert chosen(demo, resume=True).facts["evaluations"] == plain.facts["evaluations"]
 
 
 @pytest.mark.parametrize(
@@ -234,8 +241,8 @@ def test_one_shot_methods_report_the_metric_of_what_they_keep(method: Any, demo:
         assert choice.metric == pytest.approx(total(remover.costs(0, [Trial(removed)])[0]) / data.count, rel=1e-6)
 
 
-def test_a_wider_beam_and_finer_units_cover_the_same_depths(demo: Checkpoint) -> None:
-    plain, beam, finer = (chosen(demo, **change) for change in ({}, {"beam": 3}, {"units": "sublayer"}))
+def test_a_wider_beam_and_finer_units_cover_the_same_depths(demo: Checkpoint, plain: Selection) -> None:
+    beam, finer = (chosen(demo, **change) for change in ({"beam": 3}, {"units": "sublayer"}))
     assert sorted(plain.depths) == sorted(beam.depths) == sorted(finer.depths) == [10, 11, 12]
     # With one block removed a beam sees what one set sees; finer units have every whole block among their choices.
     assert beam.depths[11] == plain.depths[11]

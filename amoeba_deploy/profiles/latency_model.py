@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from amoeba_deploy.architecture import Architecture
 from amoeba_deploy.profiles.curve import Curve
+from amoeba_deploy.profiles.measure import PRECISE
 from amoeba_deploy.profiles.prediction import Interval, Prediction
 from amoeba_deploy.shape import Shape
 
@@ -70,11 +71,11 @@ def _measured(row: Row) -> Prediction:
 
 
 def _tpot_interval(row: Row) -> Interval | None:
-    return _interval(row.tpot_ms, row.tpot_error, row.p10, row.p90)
+    return _interval(row.tpot_ms, row.tpot_error, (row.p10, row.p90), (row.tpot_least, row.tpot_most))
 
 
 def _ttft_interval(row: Row) -> Interval | None:
-    return _interval(row.ttft_ms, row.ttft_error, row.ttft_p10, row.ttft_p90)
+    return _interval(row.ttft_ms, row.ttft_error, (row.ttft_p10, row.ttft_p90), (row.ttft_least, row.ttft_most))
 
 
 def _spread(measured: Sequence[tuple[float, Interval | None]]) -> tuple[float, float]:
@@ -86,8 +87,20 @@ def _spread(measured: Sequence[tuple[float, Interval | None]]) -> tuple[float, f
     return median(below), median(math.log(high / value) for value, (_, high) in known)
 
 
-def _interval(value: float, error: float | None, low: float | None, high: float | None) -> Interval | None:
-    """The wider of a median's confidence interval and the spread of what was measured."""
+Ends = tuple[float | None, float | None]
+
+
+def _interval(value: float, error: float | None, percentiles: Ends, runs: Ends) -> Interval | None:
+    """The wider of a median's confidence interval and the spread of what was measured.
+
+    Of a median that is not known well that reaches from the fastest run to the slowest: a machine whose speed changes
+    while it is measured shows all of them another time.
+    """
+    low, high = percentiles
     if error is None or low is None or high is None:
         return None
-    return min(low, value * (1 - error)), max(high, value * (1 + error))
+    low, high = min(low, value * (1 - error)), max(high, value * (1 + error))
+    least, most = runs
+    if error <= PRECISE or least is None or most is None:
+        return low, high
+    return min(low, least), max(high, most)

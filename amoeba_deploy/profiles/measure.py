@@ -68,7 +68,7 @@ class Measurement(Timing):
     """The same with all that is known of runs made here.
 
     A run's TPOT is the median over its tokens; ``p10`` and ``p90`` are of the single tokens of all runs, those of TTFT
-    of the runs. The errors are half the widths of the medians' 95 % confidence intervals as shares of the medians.
+    of the runs. ``least`` and ``most`` are of the fastest and the slowest run. The errors are half the widths of the medians' 95 % confidence intervals as shares of the medians.
     Rates, in tokens a second, are means over runs with their standard deviations, as llama-bench states them.
     """
 
@@ -76,6 +76,10 @@ class Measurement(Timing):
     ttft_p90: float
     ttft_error: float
     tpot_error: float
+    ttft_least: float
+    ttft_most: float
+    tpot_least: float
+    tpot_most: float
     stopped: Stopped
     prompt_rate: float
     prompt_rate_sd: float
@@ -143,6 +147,10 @@ def summary(runs: Sequence[Run], workload: Workload, stopped: Stopped = "repeats
         ttft_p90=percentile(firsts, 0.9),
         ttft_error=relative_error(firsts),
         tpot_error=relative_error(middles),
+        ttft_least=min(firsts),
+        ttft_most=max(firsts),
+        tpot_least=min(middles),
+        tpot_most=max(middles),
         stopped=stopped,
         prompt_rate=prompts[0],
         prompt_rate_sd=prompts[1],

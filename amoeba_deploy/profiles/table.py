@@ -49,6 +49,11 @@ class Row:
     ttft_error: float | None = None
     """Half the width of the median's 95 % confidence interval, as a share of the median; None where nobody told."""
     tpot_error: float | None = None
+    ttft_least: float | None = None
+    """The fastest and the slowest run; of TPOT, by the medians over their tokens."""
+    ttft_most: float | None = None
+    tpot_least: float | None = None
+    tpot_most: float | None = None
     noisy: bool = False
     """Whether the machine was too noisy for a confident median."""
     stopped: str | None = None
@@ -128,8 +133,9 @@ def measured_row(
     settings: Mapping[str, str] | None = None,
 ) -> Row:
     """The row of what was measured here; ``settings`` are those of the engine's own that are not at their defaults."""
-    kept = ("ttft_p10", "ttft_p90", "ttft_error", "tpot_error", "prompt_rate", "prompt_rate_sd", "token_rate")
-    rounded = {name: round(getattr(timing, name), 4) for name in (*kept, "token_rate_sd")}
+    kept = [f"{figure}_{name}" for figure in ("ttft", "tpot") for name in ("error", "least", "most")]
+    kept += ["ttft_p10", "ttft_p90", "prompt_rate", "prompt_rate_sd", "token_rate", "token_rate_sd"]
+    rounded = {name: round(getattr(timing, name), 4) for name in kept}
     energy = None if timing.energy_per_token_j is None else round(timing.energy_per_token_j, 6)
     return make_row(
         flow,
