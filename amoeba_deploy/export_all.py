@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from amoeba_deploy.backends import flow_names, load_backend
+from amoeba_deploy.backends import ALL, flow_names, load_backend
 from amoeba_deploy.backends.backend import require_toolchain
 from amoeba_deploy.bundle import MANIFEST
 from amoeba_deploy.checkpoint import Checkpoint
@@ -26,6 +26,7 @@ from amoeba_deploy.profiles.workload import Workload
 from amoeba_deploy.progress import Progress
 from amoeba_deploy.request import Request, require_budget
 from amoeba_deploy.space import Space
+
 
 @dataclass(frozen=True)
 class PassedOver:

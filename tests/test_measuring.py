@@ -5,17 +5,32 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from fractions import Fraction
 from itertools import count, cycle
 from typing import Any
 
 import numpy as np
 import pytest
 
+from amoeba_deploy.architecture import Architecture
 from amoeba_deploy.profiles import measure as measuring
-from amoeba_deploy.profiles.measure import LEAST_REPEATS, VISIT_REPEATS, Run, Subject, measure, run_once, summary
+from amoeba_deploy.profiles.latency_model import LatencyModel
+from amoeba_deploy.profiles.measure import (
+    LEAST_REPEATS,
+    VISIT_REPEATS,
+    Peak,
+    Run,
+    Subject,
+    measure,
+    run_once,
+    summary,
+)
+from amoeba_deploy.profiles.table import measured_row
 from amoeba_deploy.profiles.workload import Workload
+from amoeba_deploy.shape import Shape
 
 WORK = Workload(1, 4, 3)
+FULL = Architecture("llama", 2, 16, 2, 2, 8, 32, 8, 16, True)
 
 
 class Clock:
@@ -135,6 +150,28 @@ def test_a_median_of_tokens_is_taken_of_each_run_and_the_median_of_runs_of_those
     assert found.tpot_ms == pytest.approx(30)
     assert found.ttft_error == pytest.approx(0.5)
     assert found.p90 == pytest.approx(np.percentile([10, 10, 900, 30, 20, 30, 50, 50, 50], 90))
+    assert (found.ttft_least, found.ttft_most) == (100, pytest.approx(300))
+    assert (found.tpot_least, found.tpot_most) == (pytest.approx(10), pytest.approx(50))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "interval"),
+    [
+        # One slow run in twenty: the median is known well, and the percentiles count.
+        ([0.0100] * 19 + [0.0140], (10.0, 10.0)),
+        # Half of the runs are slow: another time all may be fast, or all slow.
+        ([0.0060, *[0.0100] * 4, *[0.0180] * 4, 0.0240], (6.0, 24.0)),
+    ],
+    ids=["steady", "noisy"],
+)
+def test_an_interval_reaches_from_the_fastest_run_to_the_slowest_where_the_median_is_not_known_well(
+    seconds: list[float], interval: tuple[float, float]
+) -> None:
+    runs = [Run(0.1, (each, each)) for each in seconds]
+    row = measured_row("onnx", "fp32", Shape(2, Fraction(1)), WORK, summary(runs, WORK), Peak(1, None), 1)
+    found = LatencyModel.fit([row], lambda _: FULL)(FULL)
+    assert found.source == "measured"
+    assert found.tpot_interval == pytest.approx(interval)
 
 
 def test_energy_is_that_of_a_generated_token(clock: Clock) -> None:

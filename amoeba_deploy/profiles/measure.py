@@ -68,8 +68,9 @@ class Measurement(Timing):
     """The same with all that is known of runs made here.
 
     A run's TPOT is the median over its tokens; ``p10`` and ``p90`` are of the single tokens of all runs, those of TTFT
-    of the runs. ``least`` and ``most`` are of the fastest and the slowest run. The errors are half the widths of the medians' 95 % confidence intervals as shares of the medians.
-    Rates, in tokens a second, are means over runs with their standard deviations, as llama-bench states them.
+    of the runs. ``least`` and ``most`` are of the fastest and the slowest run. The errors are half the widths of the
+    medians' 95 % confidence intervals as shares of the medians. Rates, in tokens a second, are means over runs with
+    their standard deviations, as llama-bench states them.
     """
 
     ttft_p10: float
