@@ -26,7 +26,7 @@ from amoeba_deploy.errors import BadInput
 from amoeba_deploy.evaluation import read_questions
 from amoeba_deploy.model_folder import ModelFolder, load_torch_model
 from amoeba_deploy.progress import Progress
-from amoeba_deploy.selection import Selection, write_selection
+from amoeba_deploy.selection import Selection, read_selection, write_selection
 from amoeba_deploy.stage1.blocks import ResidentBlocks, StreamedBlocks, Units
 from amoeba_deploy.stage1.calibration import (
     Batch,
@@ -585,6 +585,16 @@ def same(one: Selection, two: Selection) -> bool:
     pairs = [(a.tensors(0), b.tensors(0)) for a, b in zip(one.blocks, two.blocks, strict=True)]
     arrays = all(np.array_equal(a[name], b[name]) for a, b in pairs for name in a)
     return arrays and (one.base_digest, one.depths) == (two.base_digest, two.depths)
+
+
+@pytest.mark.parametrize("changes", [{}, {"units": "sublayer"}], ids=str)
+def test_a_selection_is_read_back_and_is_the_same_twice(
+    changes: dict[str, Any], small: ModelFolder, tmp_path: Path
+) -> None:
+    first, second = (chosen(small, **changes) for _ in range(2))
+    write_selection(tmp_path, first)
+    assert same(first, second)
+    assert same(first, read_selection(tmp_path, small.architecture))
 
 
 @pytest.mark.parametrize("width_method", ["flap", "taylor"])
