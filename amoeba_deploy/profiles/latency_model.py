@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import median
 from typing import TYPE_CHECKING
 
 from amoeba_deploy.architecture import Architecture
-from amoeba_deploy.profiles.curve import Curve
+from amoeba_deploy.profiles.curve import COVERED, Curve
 from amoeba_deploy.profiles.measure import PRECISE
 from amoeba_deploy.profiles.prediction import Interval, Prediction
+from amoeba_deploy.profiles.statistics import percentile
 from amoeba_deploy.shape import Shape
 
 if TYPE_CHECKING:
@@ -79,12 +79,13 @@ def _ttft_interval(row: Row) -> Interval | None:
 
 
 def _spread(measured: Sequence[tuple[float, Interval | None]]) -> tuple[float, float]:
-    """The medians of how far measurements lie below and above what they are of, as logarithms."""
+    """How far measurements lie below and above what they are of, as logarithms: what nine in ten rows stay within."""
     known = [(value, interval) for value, interval in measured if interval is not None]
     if not known:
         return 0.0, 0.0
     below = [math.log(value / max(low, 1e-9)) for value, (low, _) in known]
-    return median(below), median(math.log(high / value) for value, (_, high) in known)
+    above = [math.log(high / value) for value, (_, high) in known]
+    return percentile(below, COVERED), percentile(above, COVERED)
 
 
 Ends = tuple[float | None, float | None]
