@@ -44,6 +44,10 @@ bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks.offload
 	$(BIN)/python -m benchmarks.tuning_step
 	$(BIN)/python -m benchmarks.distillation
+	$(BIN)/python -m benchmarks.block_search
+	$(BIN)/python -m benchmarks.table_query
+	$(BIN)/python -m benchmarks.prediction
+	$(BIN)/python -m benchmarks.budgets
 
 clean:
 	rm -rf $(VENV) build dist
