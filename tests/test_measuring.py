@@ -174,6 +174,23 @@ def test_an_interval_reaches_from_the_fastest_run_to_the_slowest_where_the_media
     assert found.tpot_interval == pytest.approx(interval)
 
 
+def test_on_a_noisy_machine_no_interval_is_narrower_than_those_of_other_rows() -> None:
+    """Engines that ran in turns may each have seen only a part of what the machine's speed can be."""
+    half = FULL.subnet(1, 2, 32)
+    swings = {FULL: [0.010] * 5 + [0.020] * 5, half: [0.004, *[0.005] * 5, *[0.006] * 4]}
+    rows, sizes = [], {}
+    for number, (of, seconds) in enumerate(swings.items()):
+        runs = [Run(0.1, (each, each)) for each in seconds]
+        shape = Shape(2 - number, Fraction(1))
+        rows.append(measured_row("onnx", "fp32", shape, WORK, summary(runs, WORK), Peak(1, None), 1))
+        sizes[shape] = of
+    found = LatencyModel.fit(rows, sizes.__getitem__)(half)
+    assert found.tpot_ms == pytest.approx(5.0)
+    low, high = found.tpot_interval or (0.0, 0.0)
+    assert low == pytest.approx(5 * 10 / 15, rel=0.05)
+    assert high == pytest.approx(5 * 20 / 15, rel=0.05)
+
+
 def test_energy_is_that_of_a_generated_token(clock: Clock) -> None:
     class Meter:
         used = 0.0

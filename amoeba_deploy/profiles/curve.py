@@ -265,8 +265,13 @@ class Curve:
         if beyond > 0:
             assert self.additive_held_out is not None
             half = max(half, self.additive_held_out.worst) * (1 + beyond) + 0.1 * beyond
-        value, (below, above) = self(sizes), self._spread
-        return value * math.exp(-max(half, below)), value * math.exp(max(half, above))
+        value = self(sizes)
+        return self.widened(value, (value * math.exp(-half), value * math.exp(half)))
+
+    def widened(self, value: float, interval: tuple[float, float]) -> tuple[float, float]:
+        """An interval around a value that is no narrower than measurements lie around theirs."""
+        below, above = self._spread
+        return min(interval[0], value * math.exp(-below)), max(interval[1], value * math.exp(above))
 
 
 def _held_out(residuals: Sequence[float]) -> HeldOut:

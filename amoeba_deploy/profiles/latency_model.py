@@ -52,7 +52,7 @@ class LatencyModel:
         """
         row = self.rows.get(sizes)
         if row is not None:
-            return _measured(row)
+            return self._measured(row)
         return Prediction(
             self.tpot(sizes),
             self.ttft(sizes),
@@ -63,11 +63,17 @@ class LatencyModel:
             self.artifact(sizes),
         )
 
+    def _measured(self, row: Row) -> Prediction:
+        """What was measured; where a median is not known well, no interval is narrower than those of other rows.
 
-def _measured(row: Row) -> Prediction:
-    memory, size = row.peak_memory_bytes, row.artifact_bytes
-    intervals = _tpot_interval(row), _ttft_interval(row)
-    return Prediction(row.tpot_ms, row.ttft_ms, memory, "measured", *intervals, size)
+        They ran on the same machine in turns, and each saw only some of what its speed can be.
+        """
+        tpot, ttft = _tpot_interval(row), _ttft_interval(row)
+        if tpot is not None and (row.tpot_error or 0) > PRECISE:
+            tpot = self.tpot.widened(row.tpot_ms, tpot)
+        if ttft is not None and (row.ttft_error or 0) > PRECISE:
+            ttft = self.ttft.widened(row.ttft_ms, ttft)
+        return Prediction(row.tpot_ms, row.ttft_ms, row.peak_memory_bytes, "measured", tpot, ttft, row.artifact_bytes)
 
 
 def _tpot_interval(row: Row) -> Interval | None:
