@@ -17,9 +17,9 @@ from amoeba_deploy.errors import BadInput, LatencyUnknown
 from amoeba_deploy.profiles.device import CONFIDENCES, Device, Figure, device_names, load_device
 
 CATALOGUE = [
-    "a10", "a100-80", "agx-orin-64", "apple-m2", "apple-m3-pro", "apple-m4", "apple-m4-max", "h100-sxm", "h200",
-    "local", "orin-nano", "orin-nano-super", "orin-nx", "orin-nx-8", "raspberry-pi-5", "rtx-4090", "rtx-a5000",
-    "snapdragon-8-elite", "snapdragon-8-gen3",
+    "a10", "a100-80", "agx-orin-64", "apple-m2", "apple-m3-pro", "apple-m4", "apple-m4-max", "epyc-zen4-2", "h100-sxm",
+    "h200", "local", "orin-nano", "orin-nano-super", "orin-nx", "orin-nx-8", "raspberry-pi-5", "rtx-4090",
+    "rtx-a5000", "snapdragon-8-elite", "snapdragon-8-gen3",
 ]  # fmt: skip
 
 BOARD = """\

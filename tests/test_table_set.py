@@ -14,7 +14,9 @@ from amoeba_deploy.backends import load_backend
 from amoeba_deploy.checkpoint import Checkpoint
 from amoeba_deploy.files import sha256_of
 from amoeba_deploy.profiles import shipped
+from amoeba_deploy.profiles.device import load_device
 from amoeba_deploy.profiles.machine import fingerprint
+from amoeba_deploy.profiles.sizes import sizes_of_table
 
 ASKED = ("--latency", "40ms", "--flow", "onnx", "--precision", "int4", "--measured-only")
 ORIN = ("search", "--device", "orin-nx", *ASKED)
@@ -204,3 +206,36 @@ def test_a_shipped_table_of_the_device_and_the_model_is_used_and_named(table: Ma
     assert remarks == ["latencies are from the table that ships with amoeba-deploy: orin.json"]
     own = table("own.json", {"12x1": 13.0})
     assert tpots(*ORIN, "--table", own)["12x1"] == 13.0
+
+
+def test_every_table_that_ships_is_of_a_known_device_and_was_measured_there() -> None:
+    tables = shipped.all_shipped()
+    assert tables
+    for file, found in tables:
+        device = load_device(found.device)
+        assert file.name.startswith(f"{found.device}-")
+        assert device.name != "local"
+        assert sizes_of_table(found) is not None
+        assert found.facts["machine"]["processor"]
+        assert sum(run["rows"] for run in found.facts["runs"]) == len(found.rows)
+        for row in found.rows:
+            assert row.flow in {entry.flow for entry in device.flows}
+            assert row.precision in load_backend(row.flow).precisions()
+            assert row.stopped in ("confident", "budget", "repeats")
+            assert row.repeats >= 9
+            assert row.tpot_error is not None
+
+
+def test_the_embedded_checkpoint_is_searched_by_what_ships() -> None:
+    """On the machine that was measured, all of its flows; no estimate is used where rows are."""
+    (named,) = (found for _, found in shipped.all_shipped() if found.device == "epyc-zen4-2")
+    pairs = {(row.flow, row.precision) for row in named.rows}
+    assert {flow for flow, _ in pairs} == {"onnx", "gguf", "openvino", "torch", "torch-compile", "executorch"}
+    for flow, precision in (("onnx", "int4"), ("gguf", "q8_0")):
+        asked = ("--device", "epyc-zen4-2", "--flow", flow, "--precision", precision, "--latency", "5ms")
+        done = amoeba("search", *asked, "--measured-only", "--json")
+        assert done.exit_code == 0, done.output
+        found = json.loads(done.stdout)
+        assert found["predicted"]["source"] in ("measured", "interpolated")
+        assert found["predicted"]["tpot_interval_ms"][0] < found["predicted"]["tpot_ms"]
+        assert any("ships with amoeba-deploy" in remark for remark in found["remarks"])
