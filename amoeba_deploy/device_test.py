@@ -37,8 +37,9 @@ from amoeba_deploy.profiles.device import LOCAL
 from amoeba_deploy.profiles.machine import own_chips
 from amoeba_deploy.profiles.measure import Subject, measure, peak_memory
 from amoeba_deploy.profiles.profiler import empty_table
+from amoeba_deploy.profiles.row import Row, measured_row
 from amoeba_deploy.profiles.source import CheckpointSource
-from amoeba_deploy.profiles.table import Row, Table, measured_row
+from amoeba_deploy.profiles.table import Table
 from amoeba_deploy.profiles.workload import Workload
 from amoeba_deploy.progress import Progress
 from amoeba_deploy.selection import BlockScores, DepthChoice, Selection, write_selection

@@ -21,7 +21,8 @@ from amoeba_deploy.backends.backend import (
 )
 from amoeba_deploy.errors import AmoebaError, BadInput, ToolchainMissing
 from amoeba_deploy.profiles.device import LOCAL, Device
-from amoeba_deploy.profiles.table import Row, Table
+from amoeba_deploy.profiles.row import Row
+from amoeba_deploy.profiles.table import Table
 from amoeba_deploy.profiles.workload import Workload
 
 

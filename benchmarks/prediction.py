@@ -24,10 +24,10 @@ from amoeba_deploy.backends.backend import options_for
 from amoeba_deploy.files import write_json
 from amoeba_deploy.profiles.latency_model import LatencyModel
 from amoeba_deploy.profiles.profiler import Item, measured_rows
+from amoeba_deploy.profiles.row import Row
 from amoeba_deploy.profiles.source import ConfigSource
 from amoeba_deploy.profiles.spread import SPREAD, spread_shapes
 from amoeba_deploy.profiles.statistics import percentile
-from amoeba_deploy.profiles.table import Row
 from amoeba_deploy.profiles.workload import Workload
 from amoeba_deploy.progress import Progress
 from amoeba_deploy.quiet import quiet_imports

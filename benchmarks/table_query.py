@@ -18,9 +18,10 @@ from typing import Any
 
 from amoeba_deploy.families import read_architecture
 from amoeba_deploy.plan import Steps, sized
+from amoeba_deploy.profiles.row import make_row
 from amoeba_deploy.profiles.source import config_shapes
 from amoeba_deploy.profiles.spread import spread_shapes
-from amoeba_deploy.profiles.table import Table, make_row, read_table, write_table
+from amoeba_deploy.profiles.table import Table, read_table, write_table
 from amoeba_deploy.profiles.workload import Workload
 from benchmarks.models import llama_config
 

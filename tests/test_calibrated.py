@@ -28,8 +28,9 @@ from amoeba_deploy.profiles.device import Device, Figure, FlowPreference, load_d
 from amoeba_deploy.profiles.fitting import Sample, fitted, non_negative
 from amoeba_deploy.profiles.prediction import Interval, Prediction
 from amoeba_deploy.profiles.roofline import Terms, estimate, terms
+from amoeba_deploy.profiles.row import make_row
 from amoeba_deploy.profiles.sizes import sizes_of_table, sizes_to_json
-from amoeba_deploy.profiles.table import Table, make_row
+from amoeba_deploy.profiles.table import Table
 from amoeba_deploy.profiles.workload import Workload
 from amoeba_deploy.shape import Shape
 

@@ -22,7 +22,8 @@ from amoeba_deploy.errors import AmoebaError, BadInput, ToolchainMissing, Verifi
 from amoeba_deploy.model_folder import ModelFolder
 from amoeba_deploy.profiles.measure import Peak
 from amoeba_deploy.profiles.profiler import empty_table
-from amoeba_deploy.profiles.table import Row, Table, write_table
+from amoeba_deploy.profiles.row import Row
+from amoeba_deploy.profiles.table import Table, write_table
 from amoeba_deploy.profiles.workload import Workload
 from amoeba_deploy.shape import Shape
 

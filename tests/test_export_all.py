@@ -14,7 +14,8 @@ from fake_backends import finishing, offer, offer_fake, point
 from amoeba_deploy.backends import onnx as onnx_flow
 from amoeba_deploy.checkpoint import Checkpoint
 from amoeba_deploy.profiles.profiler import empty_table
-from amoeba_deploy.profiles.table import make_row, write_table
+from amoeba_deploy.profiles.row import make_row
+from amoeba_deploy.profiles.table import write_table
 from amoeba_deploy.profiles.workload import Workload
 from amoeba_deploy.shape import Shape
 

@@ -14,7 +14,8 @@ from amoeba_deploy.backends import onnx as onnx_flow
 from amoeba_deploy.checkpoint import Checkpoint
 from amoeba_deploy.profiles.imported import import_measurements
 from amoeba_deploy.profiles.profiler import empty_table
-from amoeba_deploy.profiles.table import Table, make_row, read_table, write_table
+from amoeba_deploy.profiles.row import make_row
+from amoeba_deploy.profiles.table import Table, read_table, write_table
 from amoeba_deploy.profiles.told import Told
 from amoeba_deploy.profiles.workload import Workload
 from amoeba_deploy.shape import Shape

@@ -14,7 +14,8 @@ from amoeba_deploy.checkpoint import Checkpoint
 from amoeba_deploy.local_latency import SPREAD
 from amoeba_deploy.profiles.local import ready_combinations
 from amoeba_deploy.profiles.profiler import empty_table, local_table, local_table_file
-from amoeba_deploy.profiles.table import make_row, write_table
+from amoeba_deploy.profiles.row import make_row
+from amoeba_deploy.profiles.table import write_table
 from amoeba_deploy.profiles.workload import Workload
 from amoeba_deploy.shape import Shape
 

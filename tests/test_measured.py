@@ -32,8 +32,9 @@ from amoeba_deploy.model_folder import ModelFolder, load_torch_model
 from amoeba_deploy.plan import sized, subnet_widths
 from amoeba_deploy.profiles.measure import peak_memory
 from amoeba_deploy.profiles.profiler import profile
+from amoeba_deploy.profiles.row import Row
 from amoeba_deploy.profiles.source import CheckpointSource
-from amoeba_deploy.profiles.table import Row, Table, read_table, write_table
+from amoeba_deploy.profiles.table import Table, read_table, write_table
 from amoeba_deploy.profiles.workload import Workload
 from amoeba_deploy.quality import WIDTHS, grid
 from amoeba_deploy.shape import Shape

@@ -25,7 +25,7 @@ from amoeba_deploy.profiles.measure import (
     run_once,
     summary,
 )
-from amoeba_deploy.profiles.table import measured_row
+from amoeba_deploy.profiles.row import measured_row
 from amoeba_deploy.profiles.workload import Workload
 from amoeba_deploy.shape import Shape
 

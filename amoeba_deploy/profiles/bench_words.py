@@ -14,7 +14,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from amoeba_deploy.architecture import Architecture
-from amoeba_deploy.profiles.table import Row, Table
+from amoeba_deploy.profiles.row import Row
+from amoeba_deploy.profiles.table import Table
 
 Form = Literal["md", "csv", "json", "jsonl"]
 

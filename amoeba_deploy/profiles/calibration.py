@@ -35,8 +35,9 @@ from amoeba_deploy.profiles.factors import DEVICES, PRIOR, SPREAD, UNCALIBRATED,
 from amoeba_deploy.profiles.fitting import Sample, fitted
 from amoeba_deploy.profiles.prediction import Prediction
 from amoeba_deploy.profiles.roofline import Terms, estimate, is_quantised, terms
+from amoeba_deploy.profiles.row import Row
 from amoeba_deploy.profiles.sizes import sizes_of_table
-from amoeba_deploy.profiles.table import Row, Table
+from amoeba_deploy.profiles.table import Table
 from amoeba_deploy.profiles.workload import Workload
 
 MODELS = 0.15

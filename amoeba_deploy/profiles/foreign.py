@@ -13,7 +13,8 @@ from amoeba_deploy.backends.backend import check_precision
 from amoeba_deploy.errors import BadInput
 from amoeba_deploy.profiles.llama_bench import read_llama_bench
 from amoeba_deploy.profiles.mlc_bench import read_mlc_bench
-from amoeba_deploy.profiles.table import Row, Table, make_row
+from amoeba_deploy.profiles.row import Row, make_row
+from amoeba_deploy.profiles.table import Table
 from amoeba_deploy.profiles.told import Told
 from amoeba_deploy.profiles.trtllm_bench import read_trtllm_bench
 from amoeba_deploy.profiles.workload import Workload

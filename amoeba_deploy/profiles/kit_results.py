@@ -12,7 +12,8 @@ from amoeba_deploy.profiles.kit.form import KIT, Item, kit_digest
 from amoeba_deploy.profiles.kit.results import RESULTS, RESULTS_FORMAT, Results, State, read_results
 from amoeba_deploy.profiles.llama_bench import read_llama_bench
 from amoeba_deploy.profiles.measure import Peak, Stopped, summary
-from amoeba_deploy.profiles.table import Row, Table, make_row, measured_row
+from amoeba_deploy.profiles.row import Row, make_row, measured_row
+from amoeba_deploy.profiles.table import Table
 from amoeba_deploy.profiles.told import Told
 from amoeba_deploy.profiles.trtllm_bench import read_trtllm_bench
 from amoeba_deploy.shape import Shape, parse_width

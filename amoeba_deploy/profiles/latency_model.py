@@ -5,17 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from amoeba_deploy.architecture import Architecture
 from amoeba_deploy.profiles.curve import COVERED, Curve
 from amoeba_deploy.profiles.measure import PRECISE
 from amoeba_deploy.profiles.prediction import Interval, Prediction
+from amoeba_deploy.profiles.row import Row
 from amoeba_deploy.profiles.statistics import percentile
 from amoeba_deploy.shape import Shape
-
-if TYPE_CHECKING:
-    from amoeba_deploy.profiles.table import Row
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,10 @@ from amoeba_deploy.profiles.profiler import (
     profile,
     refusal_of,
 )
+from amoeba_deploy.profiles.row import Row
 from amoeba_deploy.profiles.source import Source
 from amoeba_deploy.profiles.spread import corner_shapes, grid_shapes, spread_shapes
-from amoeba_deploy.profiles.table import Row, Table, write_table
+from amoeba_deploy.profiles.table import Table, write_table
 from amoeba_deploy.profiles.workload import Workload
 from amoeba_deploy.progress import Progress
 from amoeba_deploy.shape import Shape

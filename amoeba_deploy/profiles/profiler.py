@@ -34,9 +34,10 @@ from amoeba_deploy.files import cache_folder, folder_bytes
 from amoeba_deploy.profiles.device import LOCAL
 from amoeba_deploy.profiles.machine import conditions, fingerprint, machine_facts, threads
 from amoeba_deploy.profiles.measure import OPEN_SHARE, ROOM_SHARE, Peak, Subject, measure, peak_memory
+from amoeba_deploy.profiles.row import Row, measured_row
 from amoeba_deploy.profiles.sizes import SIZES, sizes_to_json
 from amoeba_deploy.profiles.source import Source
-from amoeba_deploy.profiles.table import Row, Table, measured_row, read_table
+from amoeba_deploy.profiles.table import Table, read_table
 from amoeba_deploy.profiles.workload import Workload
 from amoeba_deploy.progress import Progress
 from amoeba_deploy.shape import Shape

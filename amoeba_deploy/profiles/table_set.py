@@ -14,7 +14,8 @@ from amoeba_deploy.errors import BadInput
 from amoeba_deploy.files import sha256_of
 from amoeba_deploy.profiles.device import LOCAL
 from amoeba_deploy.profiles.machine import fingerprint
-from amoeba_deploy.profiles.table import Row, Table, read_table
+from amoeba_deploy.profiles.row import Row
+from amoeba_deploy.profiles.table import Table, read_table
 
 TOLERANCE = 0.03
 """The share by which medians of one shape may differ whatever their spread: two runs of one engine do."""
