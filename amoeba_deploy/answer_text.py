@@ -10,6 +10,7 @@ import click
 
 from amoeba_deploy.console import amount, columns
 from amoeba_deploy.files import folder_bytes
+from amoeba_deploy.search.quantity import three_digits
 
 if TYPE_CHECKING:
     from amoeba_deploy.export_all import AllExports
@@ -55,7 +56,7 @@ def _print_candidates(candidates: Sequence[Candidate]) -> None:
 
 
 def _between(interval: Interval | None) -> str:
-    return "" if interval is None else f" ({interval[0]:.3g} to {interval[1]:.3g})"
+    return "" if interval is None else f" ({three_digits(interval[0])} to {three_digits(interval[1])})"
 
 
 def print_answer(answer: Answer, top: int = 5) -> None:

@@ -119,7 +119,10 @@ class Entrants:
     def _estimator(self, table: Table | None) -> Estimator:
         """What estimates latencies, calibrated by the table's other rows and by the tables that ship with us."""
         storage, target = load_backend(self.flow).storage(self.precision), self.target
-        tables = [*([] if table is None else [table]), *(shipped for _, shipped in all_shipped())]
+        tables = [] if table is None else [table]
+        # A table of the same device and model may be the shipped one, or hold its rows: they count once.
+        own = {(each.device, each.architecture_digest) for each in tables if each.rows}
+        tables += [each for _, each in all_shipped() if (each.device, each.architecture_digest) not in own]
         return estimator(
             target.device,
             self.flow,

@@ -43,7 +43,7 @@ def latencies_of(
     if not files and not shipped:
         return None, None, ()
     tables = read_tables(files or shipped, device, digest, flows)
-    said = [f"latencies are from the table that ships with amoeba-deploy: {file.name}" for file in shipped]
+    said = [f"uses the table that ships with amoeba-deploy for this device and model: {file.name}" for file in shipped]
     return tables.table, tables.digest, (*said, *tables.remarks)
 
 

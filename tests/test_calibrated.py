@@ -28,7 +28,7 @@ from amoeba_deploy.profiles.device import Device, Figure, FlowPreference, load_d
 from amoeba_deploy.profiles.fitting import Sample, fitted, non_negative
 from amoeba_deploy.profiles.prediction import Interval, Prediction
 from amoeba_deploy.profiles.roofline import Terms, estimate, terms
-from amoeba_deploy.profiles.row import make_row
+from amoeba_deploy.profiles.row import Row, make_row
 from amoeba_deploy.profiles.sizes import sizes_of_table, sizes_to_json
 from amoeba_deploy.profiles.table import Table
 from amoeba_deploy.profiles.workload import Workload
@@ -318,6 +318,26 @@ def test_the_less_alike_the_wider_the_interval() -> None:
     for near, far in pairwise(found):
         assert width(near.tpot_interval) < width(far.tpot_interval)
         assert width(near.ttft_interval) < width(far.ttft_interval)
+
+
+def test_what_noisy_rows_say_is_as_uncertain_as_they_are() -> None:
+    steady = table(load_device("orin-nano"), LARGE, SLOW)
+
+    def swinging(row: Row) -> Row:
+        times = {"tpot": row.tpot_ms, "ttft": row.ttft_ms}
+        more = {
+            f"{name}_{end}": value * by for name, value in times.items() for end, by in (("least", 0.5), ("most", 2))
+        }
+        tenths = {"p10": row.tpot_ms, "p90": row.tpot_ms, "ttft_p10": row.ttft_ms, "ttft_p90": row.ttft_ms}
+        return replace(row, **tenths, **more, tpot_error=0.2, ttft_error=0.2, noisy=True)
+
+    noisy = replace(steady, rows=tuple(swinging(row) for row in steady.rows))
+    sizes = Sizes(replace(LARGE, depth=8))
+    near, far = (estimates("orin-nx", [each])(sizes) for each in (steady, noisy))
+    assert far.tpot_ms == pytest.approx(near.tpot_ms)
+    for one, other in ((near.tpot_interval, far.tpot_interval), (near.ttft_interval, far.ttft_interval)):
+        # Between half and twice as fast at another time; the widths of what is uncertain add up in squares.
+        assert width(other) == pytest.approx(math.hypot(width(one), 2 * math.log(2)), rel=0.01)
 
 
 def test_what_says_nothing_of_it_is_passed_over() -> None:

@@ -213,3 +213,9 @@ def test_a_run_of_a_real_clock_measures_what_an_engine_waits() -> None:
     assert run.first >= 0.01
     assert len(run.steps) == 2
     assert min(run.steps) >= 0.01
+
+
+def test_of_fewer_than_six_runs_no_median_is_known() -> None:
+    runs = [Run(0.1, (0.01, 0.01))] * 6
+    assert summary(runs[:5], WORK).noisy
+    assert not summary(runs, WORK).noisy

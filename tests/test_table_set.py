@@ -203,7 +203,7 @@ def test_a_shipped_table_of_the_device_and_the_model_is_used_and_named(table: Ma
     shipped.all_shipped.cache_clear()
     assert tpots(*ORIN)["12x1"] == 12.0
     remarks = json.loads(amoeba(*ORIN, "--json").stdout)["remarks"]
-    assert remarks == ["latencies are from the table that ships with amoeba-deploy: orin.json"]
+    assert remarks == ["uses the table that ships with amoeba-deploy for this device and model: orin.json"]
     own = table("own.json", {"12x1": 13.0})
     assert tpots(*ORIN, "--table", own)["12x1"] == 13.0
 
@@ -239,3 +239,22 @@ def test_the_embedded_checkpoint_is_searched_by_what_ships() -> None:
         assert found["predicted"]["source"] in ("measured", "interpolated")
         assert found["predicted"]["tpot_interval_ms"][0] < found["predicted"]["tpot_ms"]
         assert any("ships with amoeba-deploy" in remark for remark in found["remarks"])
+
+
+def test_rows_of_the_table_that_ships_count_once_in_a_calibration(tmp_path: Path) -> None:
+    (file,) = (file for file, found in shipped.all_shipped() if found.device == "epyc-zen4-2")
+    asked = ("search", "--device", "epyc-zen4-2", "--flow", "onnx", "--precision", "int8", "--latency", "1s")
+    copied = tmp_path / "copy.json"
+    copied.write_bytes(file.read_bytes())
+    for more in ((), ("--table", copied)):
+        remarks = json.loads(amoeba(*asked, "--prompt", 64, "--json", *more).stdout)["remarks"]
+        assert any("calibrated by 12 measurements in int8 of this model on this device" in remark for remark in remarks)
+
+
+def test_a_median_outside_its_own_runs_is_refused(tmp_path: Path) -> None:
+    (file,) = (file for file, found in shipped.all_shipped() if found.device == "epyc-zen4-2")
+    value = json.loads(file.read_text())
+    value["rows"][3]["tpot_ms"] *= 100
+    (tmp_path / "wrong.json").write_text(json.dumps(value))
+    asked = ("search", "--device", "epyc-zen4-2", "--latency", "1s", "--table", tmp_path / "wrong.json")
+    assert "holds a value that cannot be" in sentence(amoeba(*asked, "--quiet"), 2)

@@ -58,6 +58,8 @@ def load_backend(flow: str) -> Backend:
         known = flow_names()
         close = difflib.get_close_matches(flow, known, 1)
         hint = f"; did you mean '{close[0]}'?" if close else ""
+        if flow == ALL:
+            hint = "; 'profile' and 'export' alone take all of them by this name, and no others beside it"
         raise BadInput(f"'{flow}' is not a flow; known are {', '.join(known)}{hint}")
     return _loaded(point)
 

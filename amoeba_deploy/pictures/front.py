@@ -128,7 +128,7 @@ def front_section(fronts: Sequence[Front]) -> Section:
     names = sorted({point.series for front in fronts for point in front.points})
     caption = (
         "Every shape that was considered, and for each engine the best quality within a latency. Filled circles were "
-        "measured, hollow ones interpolated between measurements, crosses estimated from the device's data sheet."
+        "measured, hollow ones interpolated between measurements, crosses estimated."
     )
     if any(front.chosen is not None and front.chosen.interval for front in fronts):
         caption += " The bar through the chosen shape is where a measurement is expected nine times in ten."

@@ -19,7 +19,7 @@ What comes out is an estimate and is called one.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Protocol
@@ -30,13 +30,25 @@ from amoeba_deploy.backends.backend import Backend
 from amoeba_deploy.errors import AmoebaError
 from amoeba_deploy.plan import NEURON_MULTIPLE, sized
 from amoeba_deploy.precision import StorageFormat
+from amoeba_deploy.profiles.curve import COVERED
 from amoeba_deploy.profiles.device import Device, load_device
-from amoeba_deploy.profiles.factors import DEVICES, PRIOR, SPREAD, UNCALIBRATED, Factors, Phase, Three, diagonal
+from amoeba_deploy.profiles.factors import (
+    DEVICES,
+    NINE_IN_TEN,
+    PRIOR,
+    SPREAD,
+    UNCALIBRATED,
+    Factors,
+    Phase,
+    Three,
+    diagonal,
+)
 from amoeba_deploy.profiles.fitting import Sample, fitted
-from amoeba_deploy.profiles.prediction import Prediction
+from amoeba_deploy.profiles.prediction import Interval, Prediction
 from amoeba_deploy.profiles.roofline import Terms, estimate, is_quantised, terms
 from amoeba_deploy.profiles.row import Row
 from amoeba_deploy.profiles.sizes import sizes_of_table
+from amoeba_deploy.profiles.statistics import percentile
 from amoeba_deploy.profiles.table import Table
 from amoeba_deploy.profiles.workload import Workload
 
@@ -226,8 +238,26 @@ def _learnt(evidence: Sequence[_Evidence], level: _Level) -> Factors:
     extra = 0.0 if all(each.same_precision for each in evidence) else PRECISIONS**2
     if not (level.same_model or all(each.same_model for each in evidence)):
         extra += MODELS**2
-    phases = [_widened(_together([getattr(f, name) for f in own], level), extra) for name in ("decode", "prefill")]
+    noise = {"decode": _noise(evidence, lambda row: (row.tpot_ms, row.tpot_interval, row.tpot_confident))}
+    noise["prefill"] = _noise(evidence, lambda row: (row.ttft_ms, row.ttft_interval, row.ttft_confident))
+    phases = [_together([getattr(each, name) for each in own], level) for name in noise]
+    phases = [_widened(phase, extra + noise[name]) for phase, name in zip(phases, noise, strict=True)]
     return Factors.of(*phases)
+
+
+def _noise(evidence: Sequence[_Evidence], of: Callable[[Row], tuple[float, Interval | None, bool]]) -> float:
+    """The variance, in logarithm, of what is measured another time, from rows whose medians are not known well.
+
+    Such a machine's speed changes as a whole, which no number of rows averages out. Its spread is that which nine in
+    ten of the rows' intervals stay within.
+    """
+    found = [of(row) for each in evidence for _, row in each.rows]
+    spreads = [
+        max(math.log(value / max(interval[0], 1e-9)), math.log(interval[1] / value))
+        for value, interval, confident in found
+        if interval is not None and not confident
+    ]
+    return (percentile(spreads, COVERED) / NINE_IN_TEN) ** 2 if spreads else 0.0
 
 
 def _widened(phase: Phase, variance: float) -> Phase:

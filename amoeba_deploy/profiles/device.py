@@ -140,8 +140,8 @@ def _this_machine() -> dict[str, Any]:
 
     # The memory installed, not what is free just now: the same search must give the same shape a minute later.
     memory = {
-        "value": psutil.virtual_memory().total,
-        "unit": "B",
+        "value": psutil.virtual_memory().total / 2**30,
+        "unit": "GiB",
         "source": "the operating system",
         "confidence": "measured",
     }

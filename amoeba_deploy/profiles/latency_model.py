@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from amoeba_deploy.architecture import Architecture
 from amoeba_deploy.profiles.curve import COVERED, Curve
-from amoeba_deploy.profiles.measure import PRECISE
 from amoeba_deploy.profiles.prediction import Interval, Prediction
 from amoeba_deploy.profiles.row import Row
 from amoeba_deploy.profiles.statistics import percentile
@@ -36,8 +35,8 @@ class LatencyModel:
 
         return cls(
             measured,
-            curve("tpot_ms", _spread([(row.tpot_ms, _tpot_interval(row)) for row in rows])),
-            curve("ttft_ms", _spread([(row.ttft_ms, _ttft_interval(row)) for row in rows])),
+            curve("tpot_ms", _spread([(row.tpot_ms, row.tpot_interval) for row in rows])),
+            curve("ttft_ms", _spread([(row.ttft_ms, row.ttft_interval) for row in rows])),
             curve("peak_memory_bytes"),
             curve("artifact_bytes"),
         )
@@ -65,20 +64,12 @@ class LatencyModel:
 
         They ran on the same machine in turns, and each saw only some of what its speed can be.
         """
-        tpot, ttft = _tpot_interval(row), _ttft_interval(row)
-        if tpot is not None and (row.tpot_error or 0) > PRECISE:
+        tpot, ttft = row.tpot_interval, row.ttft_interval
+        if tpot is not None and not row.tpot_confident:
             tpot = self.tpot.widened(row.tpot_ms, tpot)
-        if ttft is not None and (row.ttft_error or 0) > PRECISE:
+        if ttft is not None and not row.ttft_confident:
             ttft = self.ttft.widened(row.ttft_ms, ttft)
         return Prediction(row.tpot_ms, row.ttft_ms, row.peak_memory_bytes, "measured", tpot, ttft, row.artifact_bytes)
-
-
-def _tpot_interval(row: Row) -> Interval | None:
-    return _interval(row.tpot_ms, row.tpot_error, (row.p10, row.p90), (row.tpot_least, row.tpot_most))
-
-
-def _ttft_interval(row: Row) -> Interval | None:
-    return _interval(row.ttft_ms, row.ttft_error, (row.ttft_p10, row.ttft_p90), (row.ttft_least, row.ttft_most))
 
 
 def _spread(measured: Sequence[tuple[float, Interval | None]]) -> tuple[float, float]:
@@ -89,22 +80,3 @@ def _spread(measured: Sequence[tuple[float, Interval | None]]) -> tuple[float, f
     below = [math.log(value / max(low, 1e-9)) for value, (low, _) in known]
     above = [math.log(high / value) for value, (_, high) in known]
     return percentile(below, COVERED), percentile(above, COVERED)
-
-
-Ends = tuple[float | None, float | None]
-
-
-def _interval(value: float, error: float | None, percentiles: Ends, runs: Ends) -> Interval | None:
-    """The wider of a median's confidence interval and the spread of what was measured.
-
-    Of a median that is not known well that reaches from the fastest run to the slowest: a machine whose speed changes
-    while it is measured shows all of them another time.
-    """
-    low, high = percentiles
-    if error is None or low is None or high is None:
-        return None
-    low, high = min(low, value * (1 - error)), max(high, value * (1 + error))
-    least, most = runs
-    if error <= PRECISE or least is None or most is None:
-        return low, high
-    return min(low, least), max(high, most)

@@ -30,7 +30,7 @@ from amoeba_deploy.backends import load_backend
 from amoeba_deploy.backends.backend import Engine
 from amoeba_deploy.errors import AmoebaError
 from amoeba_deploy.profiles.gpu import GpuMeter
-from amoeba_deploy.profiles.statistics import mean_and_spread, percentile, relative_error
+from amoeba_deploy.profiles.statistics import FEWEST, mean_and_spread, percentile, relative_error
 from amoeba_deploy.profiles.workload import Workload
 
 SETTLE_SECONDS = 0.05
@@ -91,7 +91,7 @@ class Measurement(Timing):
     @property
     def noisy(self) -> bool:
         """Whether the medians are known less well than they should be."""
-        return max(self.ttft_error, self.tpot_error) > PRECISE
+        return self.repeats < FEWEST or max(self.ttft_error, self.tpot_error) > PRECISE
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def print_table(table: Table, file: Path) -> None:
         ]
         for row in table.rows
     ]
-    head = ["measured", "prompt", "TTFT ms", "TPOT ms", "p10", "p90", "median", "repeats", "peak memory", "artefact"]
+    head = ["measured", "prompt", "TTFT ms", "TPOT ms", "p10", "p90", "TPOT ±", "repeats", "peak memory", "artefact"]
     columns(rows, head)
     noisy = sum(row.noisy for row in table.rows)
     if noisy:

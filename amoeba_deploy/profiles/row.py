@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from amoeba_deploy.profiles.measure import Measurement, Peak
+from amoeba_deploy.profiles.measure import PRECISE, Measurement, Peak
+from amoeba_deploy.profiles.prediction import Interval
+from amoeba_deploy.profiles.statistics import FEWEST
 from amoeba_deploy.profiles.workload import Workload
 from amoeba_deploy.shape import Shape, parse_width, width_to_json
 
@@ -73,6 +75,50 @@ class Row:
     def workload(self) -> Workload:
         """The workload that it was measured under."""
         return Workload(self.batch, self.prompt, self.tokens)
+
+    @property
+    def tpot_confident(self) -> bool:
+        """Whether the median is known to within ``PRECISE``, with 95 % confidence."""
+        return self._confident(self.tpot_error)
+
+    @property
+    def ttft_confident(self) -> bool:
+        """The same of TTFT."""
+        return self._confident(self.ttft_error)
+
+    def _confident(self, error: float | None) -> bool:
+        return error is not None and error <= PRECISE and self.repeats >= FEWEST
+
+    @property
+    def tpot_interval(self) -> Interval | None:
+        """Between which times it lies when it is measured another time; None where the row does not tell.
+
+        The wider of the median's confidence interval and the spread of what was timed. Of a median that is not known
+        well that reaches from the fastest run to the slowest: a machine whose speed changes while it is measured shows
+        all of them another time.
+        """
+        ends = (self.p10, self.p90), (self.tpot_least, self.tpot_most)
+        return _interval(self.tpot_ms, self.tpot_error, self.tpot_confident, *ends)
+
+    @property
+    def ttft_interval(self) -> Interval | None:
+        """The same of TTFT."""
+        ends = (self.ttft_p10, self.ttft_p90), (self.ttft_least, self.ttft_most)
+        return _interval(self.ttft_ms, self.ttft_error, self.ttft_confident, *ends)
+
+
+Ends = tuple[float | None, float | None]
+
+
+def _interval(value: float, error: float | None, confident: bool, percentiles: Ends, runs: Ends) -> Interval | None:
+    low, high = percentiles
+    if error is None or low is None or high is None:
+        return None
+    low, high = min(low, value * (1 - error)), max(high, value * (1 + error))
+    least, most = runs
+    if confident or least is None or most is None:
+        return low, high
+    return min(low, least), max(high, most)
 
 
 def make_row(

@@ -11,6 +11,8 @@ from functools import cache
 from statistics import fmean, median, stdev
 
 CONFIDENCE = 0.95
+FEWEST = 6
+"""Values from which an interval that holds their median with 95 % confidence can be given."""
 
 
 @cache

@@ -96,6 +96,8 @@ def read_table(file: Path) -> Table:
             if (
                 not (0 < row.ttft_ms < math.inf and 0 < row.tpot_ms < math.inf)
                 or min(row.peak_memory_bytes, row.artifact_bytes) < 0
+                or not _between(row.tpot_least, row.tpot_ms, row.tpot_most)
+                or not _between(row.ttft_least, row.ttft_ms, row.ttft_most)
             ):
                 raise ValueError
             _ = row.shape, row.workload
@@ -106,3 +108,8 @@ def read_table(file: Path) -> Table:
         raise BadInput(f"{file}: a row lacks an entry or holds a value that cannot be; profile again") from None
     facts = {k: v for k, v in value.items() if k not in ("format", "device", "architecture", "rows")}
     return Table(device, digest, facts, rows)
+
+
+def _between(least: float | None, value: float, most: float | None) -> bool:
+    """Whether a median lies between the fastest and the slowest run, as far as they are known."""
+    return least is None or most is None or least <= value <= most

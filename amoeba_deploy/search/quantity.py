@@ -27,16 +27,17 @@ class Quantity:
     """Where a candidate's value comes from."""
 
 
-def _number(value: float) -> str:
+def three_digits(value: float) -> str:
+    """Three digits, or all before the point."""
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
 
 
 def _milliseconds(value: float) -> str:
-    return f"{_number(value)} ms"
+    return f"{three_digits(value)} ms"
 
 
 def _bytes(value: float) -> str:
-    return f"{_number(value / 1e9)} GB" if value >= 1e7 else f"{_number(value / 1e6)} MB"
+    return f"{three_digits(value / 1e9)} GB" if value >= 1e7 else f"{three_digits(value / 1e6)} MB"
 
 
 def _latency(metric: Metric) -> Quantity:
