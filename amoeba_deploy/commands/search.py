@@ -40,7 +40,11 @@ SHOWN = 5
 @click.option("--quality-text", type=click.Path(path_type=Path), help="The text that --measure-quality is about.")
 @click.option("--any-text", is_flag=True, help="Let --quality-text differ from the checkpoint's own.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the plan of the best shape, for --shape.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Draw quality over latency, front and budget, into this .html or .png file.")
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path),
+    help="Draw quality over latency, front and budget, into this .html or .png file.",
+)
 @click.option("--force", is_flag=True, help="Replace an existing plan or picture.")
 @workload_options
 @output_options
