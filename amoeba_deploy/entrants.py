@@ -35,6 +35,27 @@ def ranked_pairs(target: Target, quality: Quality | None) -> tuple[tuple[tuple[s
     return known, [f"left out {flow} {precision}: its quality was not measured" for flow, precision in left]
 
 
+def estimator_of(
+    target: Target, flow: str, precision: str, architecture: Architecture, table: Table | None
+) -> Estimator:
+    """What estimates latencies, calibrated by a table's other rows and by the tables that ship with us."""
+    tables = [] if table is None else [table]
+    # A table of the same device and model may be the shipped one, or hold its rows: they count once.
+    own = {(each.device, each.architecture_digest) for each in tables if each.rows}
+    tables += [each for _, each in all_shipped() if (each.device, each.architecture_digest) not in own]
+    return estimator(
+        target.device,
+        flow,
+        precision,
+        load_backend(flow).storage(precision),
+        target.workload,
+        target.context,
+        tables,
+        architecture=architecture,
+        settings=target.own_settings(flow),
+    )
+
+
 @dataclass(frozen=True)
 class Entrants:
     """The shapes of one flow and precision that its engine takes, and what each is judged by."""
@@ -117,23 +138,7 @@ class Entrants:
         return f"the table has no row of {self.flow} {self.precision} for {asked}{own}: {estimates.remark}"
 
     def _estimator(self, table: Table | None) -> Estimator:
-        """What estimates latencies, calibrated by the table's other rows and by the tables that ship with us."""
-        storage, target = load_backend(self.flow).storage(self.precision), self.target
-        tables = [] if table is None else [table]
-        # A table of the same device and model may be the shipped one, or hold its rows: they count once.
-        own = {(each.device, each.architecture_digest) for each in tables if each.rows}
-        tables += [each for _, each in all_shipped() if (each.device, each.architecture_digest) not in own]
-        return estimator(
-            target.device,
-            self.flow,
-            self.precision,
-            storage,
-            target.workload,
-            target.context,
-            tables,
-            architecture=self.architecture,
-            settings=target.own_settings(self.flow),
-        )
+        return estimator_of(self.target, self.flow, self.precision, self.architecture, table)
 
     def _predictor(self, table: Table | None) -> Callable[[Shape], Prediction]:
         """Where latencies come from: the table where it has rows for them, else an estimate."""

@@ -29,8 +29,11 @@ from amoeba_deploy.per_block.pipeline import BlockSearchResult, search_blocks
 from amoeba_deploy.per_block.report import blocks_text, print_block_search
 from amoeba_deploy.per_block.surrogate import Rises, measure_rises, option_learnt
 from amoeba_deploy.plan import Plan, read_plan
+from amoeba_deploy.profiles.calibration import estimator
 from amoeba_deploy.profiles.device import load_device
+from amoeba_deploy.profiles.factors import Factors
 from amoeba_deploy.profiles.roofline import SMALL_BYTES, estimate, memory_bytes
+from amoeba_deploy.profiles.shipped import all_shipped
 from amoeba_deploy.profiles.workload import Workload
 from amoeba_deploy.selection import write_selection
 from amoeba_deploy.shape import Shape
@@ -89,9 +92,19 @@ def alone(checkpoint: Checkpoint, index: int, option: BlockOption) -> Plan:
     return options_plan(checkpoint, [option if i == index else whole for i in range(full.depth)])
 
 
+def learnt(checkpoint: Checkpoint, flow: str, precision: str) -> Factors:
+    """What the tables that ship say of an engine on a Raspberry Pi."""
+    device, storage = load_device("raspberry-pi-5"), load_backend(flow).storage(precision)
+    tables = [found for _, found in all_shipped()]
+    found = estimator(device, flow, precision, storage, WORKLOAD, 512, tables, architecture=checkpoint.architecture)
+    assert found.rows
+    return found.factors
+
+
 def costs_of(checkpoint: Checkpoint, flow: str = "torch", precision: str = "fp32") -> RooflineCosts:
-    """The roofline of a Raspberry Pi."""
-    return RooflineCosts.of(checkpoint.architecture, load_device("raspberry-pi-5"), flow, precision, WORKLOAD)
+    """The estimate for a Raspberry Pi, as it is for a search and an export."""
+    factors = learnt(checkpoint, flow, precision)
+    return RooflineCosts.of(checkpoint.architecture, load_device("raspberry-pi-5"), flow, precision, WORKLOAD, factors)
 
 
 # Options
@@ -246,7 +259,8 @@ def test_roofline_costs_sum_to_the_estimate_of_the_plan(
     storage, full = load_backend(flow).storage(precision), demo.architecture
     kept = [option for option in chosen if not option.dropped]
     parts = [full.subnet(1, option.kv_heads, option.neurons) for option in kept]
-    wanted = estimate(full, storage, device, flow, precision, WORKLOAD, 512, parts)
+    factors = learnt(demo, flow, precision)
+    wanted = estimate(full, storage, device, flow, precision, WORKLOAD, 512, parts, factors)
     found = costs.fixed_ms + sum(costs.block_ms(option.kv_heads, option.neurons) for option in kept)
     assert found == pytest.approx(wanted.tpot_ms, rel=1e-12)
     memory = BlockMemory(full, storage, WORKLOAD, 512)
@@ -260,14 +274,15 @@ def test_beyond_two_gigabytes_roofline_costs_are_never_below_the_estimate(demo: 
     full = replace(full, hidden=4096, heads=32, kv_heads=8, head_dim=128, vocabulary=32000, context=4096)
     storage, device = load_backend("torch").storage("fp16"), load_device("raspberry-pi-5")
     device = replace(device, efficiency_bandwidth_full=replace(device.bandwidth, value=0.85, unit="ratio"))
-    costs = RooflineCosts.of(full, device, "torch", "fp16", WORKLOAD)
+    factors = learnt(demo, "torch", "fp32")
+    costs = RooflineCosts.of(full, device, "torch", "fp16", WORKLOAD, factors)
     assert storage.read_bytes(full) > SMALL_BYTES
     for depth in (32, 20, 8):
         for part in (full.subnet(depth, 8, neurons), full.subnet(depth, 4, neurons // 2)):
-            wanted = estimate(full, storage, device, "torch", "fp16", WORKLOAD, 2048, [part]).tpot_ms
+            wanted = estimate(full, storage, device, "torch", "fp16", WORKLOAD, 2048, [part], factors).tpot_ms
             found = costs.fixed_ms + depth * costs.block_ms(part.kv_heads, part.neurons)
             assert found >= wanted * (1 - 1e-12)
-    whole = estimate(full, storage, device, "torch", "fp16", WORKLOAD, 2048).tpot_ms
+    whole = estimate(full, storage, device, "torch", "fp16", WORKLOAD, 2048, factors=factors).tpot_ms
     assert costs.fixed_ms + 32 * costs.block_ms(8, neurons) == pytest.approx(whole, rel=1e-12)
 
 

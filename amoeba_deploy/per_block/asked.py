@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from amoeba_deploy.architecture import Architecture
+from amoeba_deploy.entrants import estimator_of
 from amoeba_deploy.errors import BadInput
 from amoeba_deploy.per_block.costs import BlockCosts, RooflineCosts
 from amoeba_deploy.per_block.pipeline import BlockSearchResult, search_blocks
@@ -97,8 +98,9 @@ def _costs(request: Request, flow: str, precision: str) -> tuple[BlockCosts, str
     space, target = request.space, request.target
     rows = None if request.table is None else target.rows(request.table, flow, precision)
     if rows is None or not rows.rows:
-        costs = RooflineCosts.of(space.architecture, target.device, flow, precision, target.workload)
-        return costs, f"latencies of {flow} {precision} are estimated from the figures of '{target.device.name}'"
+        estimates = estimator_of(target, flow, precision, space.architecture, request.table)
+        named = space.architecture, target.device, flow, precision, target.workload
+        return RooflineCosts.of(*named, estimates.factors), estimates.remark
     steps = space.steps(flow, precision)
     curve = rows.model(lambda shape: space.sized(shape, steps).mean, flow, precision, target.workload).tpot
     said = f"latencies of {flow} {precision} are fitted to {len(rows.rows)} measured shapes, {KINDS[curve.kind]}"

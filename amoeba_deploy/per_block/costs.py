@@ -14,6 +14,7 @@ from amoeba_deploy.backends import load_backend
 from amoeba_deploy.errors import BadInput
 from amoeba_deploy.precision import StorageFormat
 from amoeba_deploy.profiles.device import Device
+from amoeba_deploy.profiles.factors import UNCALIBRATED, Factors
 from amoeba_deploy.profiles.roofline import QUANTISED_BITS, SMALL_BYTES, estimate, memory_bytes
 from amoeba_deploy.profiles.workload import Workload
 
@@ -68,22 +69,29 @@ class RooflineCosts:
 
     @classmethod
     def of(
-        cls, architecture: Architecture, device: Device, flow: str, precision: str, workload: Workload
+        cls,
+        architecture: Architecture,
+        device: Device,
+        flow: str,
+        precision: str,
+        workload: Workload,
+        factors: Factors = UNCALIBRATED,
     ) -> RooflineCosts:
-        """The costs on a device.
+        """The costs on a device; ``factors`` are what was learnt of the engine there or elsewhere.
 
         Raises:
             LatencyUnknown: the device's figures are not known, or it does not list the flow.
         """
         storage, preference = load_backend(flow).storage(precision), device.preference(flow)
         positions = workload.prompt + workload.tokens / 2
-        block_ms, fixed_ms = preference.block_overhead.base, preference.fixed_overhead.base
+        work, of_blocks, of_steps = factors.decode.values
+        block_ms, fixed_ms = of_blocks * preference.block_overhead.base, of_steps * preference.fixed_overhead.base
         context = workload.context_for(architecture.context)
-        whole = estimate(architecture, storage, device, flow, precision, workload, context).tpot_ms
+        whole = estimate(architecture, storage, device, flow, precision, workload, context, factors=factors).tpot_ms
         whole -= architecture.depth * block_ms + fixed_ms
         reads = storage.read_bytes(architecture) + storage.cache_bytes_at(architecture, positions, workload.batch)
         assert device.bandwidth is not None and device.efficiency_bandwidth_quantised is not None
-        slope = 1e3 / (device.bandwidth.base * device.efficiency_bandwidth_quantised.base)
+        slope = work * 1e3 / (device.bandwidth.base * device.efficiency_bandwidth_quantised.base)
         start = 0.0
         if storage.matrix_bits >= QUANTISED_BITS and reads > SMALL_BYTES and whole > slope * SMALL_BYTES:
             chord = (whole - slope * SMALL_BYTES) / (reads - SMALL_BYTES)
