@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 )
 @measured_shapes_option
 @click.option("--repeats", type=click.IntRange(3), help="Runs of each engine.  [default: until medians are precise]")
-@click.option("--budget", type=Seconds(), default="5m", show_default=True, help="Time after which no run begins.")
+@click.option("--budget", type=Seconds(), default="4m", show_default=True, help="Time after which no run begins.")
 @settings_option
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Table to write.  [default: this machine's cache]"

@@ -42,7 +42,7 @@ from amoeba_deploy.profiles.workload import Workload
 from amoeba_deploy.progress import Progress
 from amoeba_deploy.shape import Shape
 
-BUDGET_SECONDS = 300.0
+BUDGET_SECONDS = 240.0
 RUNS_SHARE = 0.5
 """Of the budget, what is left for runs however long the engines took to build."""
 OWN_BYTES = 1e9
