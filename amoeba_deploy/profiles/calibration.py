@@ -44,7 +44,7 @@ from amoeba_deploy.profiles.factors import (
     diagonal,
 )
 from amoeba_deploy.profiles.fitting import Sample, fitted
-from amoeba_deploy.profiles.prediction import Interval, Prediction
+from amoeba_deploy.profiles.prediction import Interval, Prediction, reach
 from amoeba_deploy.profiles.roofline import Terms, estimate, is_quantised, terms
 from amoeba_deploy.profiles.row import Row
 from amoeba_deploy.profiles.sizes import sizes_of_table
@@ -253,9 +253,7 @@ def _noise(evidence: Sequence[_Evidence], of: Callable[[Row], tuple[float, Inter
     """
     found = [of(row) for each in evidence for _, row in each.rows]
     spreads = [
-        max(math.log(value / max(interval[0], 1e-9)), math.log(interval[1] / value))
-        for value, interval, confident in found
-        if interval is not None and not confident
+        max(reach(value, interval)) for value, interval, confident in found if interval is not None and not confident
     ]
     return (percentile(spreads, COVERED) / NINE_IN_TEN) ** 2 if spreads else 0.0
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from amoeba_deploy.architecture import Architecture
 from amoeba_deploy.profiles.curve import COVERED, Curve
-from amoeba_deploy.profiles.prediction import Interval, Prediction
+from amoeba_deploy.profiles.prediction import Interval, Prediction, reach
 from amoeba_deploy.profiles.row import Row
 from amoeba_deploy.profiles.statistics import percentile
 from amoeba_deploy.shape import Shape
@@ -74,9 +73,8 @@ class LatencyModel:
 
 def _spread(measured: Sequence[tuple[float, Interval | None]]) -> tuple[float, float]:
     """How far measurements lie below and above what they are of, as logarithms: what nine in ten rows stay within."""
-    known = [(value, interval) for value, interval in measured if interval is not None]
+    known = [reach(value, interval) for value, interval in measured if interval is not None]
     if not known:
         return 0.0, 0.0
-    below = [math.log(value / max(low, 1e-9)) for value, (low, _) in known]
-    above = [math.log(high / value) for value, (_, high) in known]
+    below, above = zip(*known, strict=True)
     return percentile(below, COVERED), percentile(above, COVERED)

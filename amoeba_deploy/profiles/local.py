@@ -93,10 +93,11 @@ def ready_combinations(flows: Sequence[str], precisions: Sequence[str]) -> list[
     if ALL in flows:
         if len(flows) > 1:
             raise BadInput(f"--flow {ALL} names every flow already; leave the others out")
-        flows = [flow for flow in flow_names() if not load_backend(flow).toolchain().missing]
-    for flow in flows:
-        require_toolchain(load_backend(flow))
-    wanted = flows or [preference.flow for preference in load_device(LOCAL).flows]
+        wanted: Sequence[str] = flow_names()
+    else:
+        for flow in flows:
+            require_toolchain(load_backend(flow))
+        wanted = flows or [preference.flow for preference in load_device(LOCAL).flows]
     ready = [flow for flow in dict.fromkeys(wanted) if not load_backend(flow).toolchain().missing]
     pairs = []
     for flow in ready:

@@ -52,6 +52,11 @@ VISIT_REPEATS = 3
 Stopped = Literal["confident", "budget", "repeats"]
 
 
+def is_known(error: float, repeats: int) -> bool:
+    """Whether a median of so many runs is known to within ``PRECISE``, with 95 % confidence."""
+    return repeats >= FEWEST and error <= PRECISE
+
+
 @dataclass(frozen=True)
 class Timing:
     """What runs of one engine came to, in milliseconds: medians of TTFT and TPOT, and percentiles of the latter."""
@@ -91,7 +96,7 @@ class Measurement(Timing):
     @property
     def noisy(self) -> bool:
         """Whether the medians are known less well than they should be."""
-        return self.repeats < FEWEST or max(self.ttft_error, self.tpot_error) > PRECISE
+        return not is_known(max(self.ttft_error, self.tpot_error), self.repeats)
 
 
 @dataclass(frozen=True)

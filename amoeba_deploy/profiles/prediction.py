@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,3 +32,9 @@ class Prediction:
         if metric == "ttft":
             return self.ttft_ms
         return self.ttft_ms + (tokens - 1) * self.tpot_ms
+
+
+def reach(value: float, interval: Interval) -> tuple[float, float]:
+    """How far an interval reaches below and above a value, as logarithms."""
+    low, high = interval
+    return math.log(value / max(low, 1e-9)), math.log(high / value)

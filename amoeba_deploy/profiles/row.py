@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from amoeba_deploy.profiles.measure import PRECISE, Measurement, Peak
+from amoeba_deploy.profiles.measure import Measurement, Peak, is_known
 from amoeba_deploy.profiles.prediction import Interval
-from amoeba_deploy.profiles.statistics import FEWEST
 from amoeba_deploy.profiles.workload import Workload
 from amoeba_deploy.shape import Shape, parse_width, width_to_json
 
@@ -87,7 +86,7 @@ class Row:
         return self._confident(self.ttft_error)
 
     def _confident(self, error: float | None) -> bool:
-        return error is not None and error <= PRECISE and self.repeats >= FEWEST
+        return error is not None and is_known(error, self.repeats)
 
     @property
     def tpot_interval(self) -> Interval | None:
