@@ -2,7 +2,8 @@
 
 A bundle is a folder: ``engine/``, the tokenizer's files, ``selftest.json`` (a prompt and the tokens the engine must
 give), ``manifest.json`` (what was built, from what, by what, for which device; sha256 of every file), and
-``measured.json``, which alone holds dates and measurements and is outside the manifest's digests.
+``measured.json``, which alone holds dates and measurements and is outside the manifest's digests. So are
+``provenance.json``, which speaks of the manifest, and what signing adds: ``release.json`` and ``model.sig``.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import shlex
 import subprocess
 from collections.abc import Callable, Mapping, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import takewhile
@@ -20,15 +22,17 @@ from typing import Any
 from amoeba_deploy.backends import load_backend
 from amoeba_deploy.backends.backend import Backend, Engine, options_for
 from amoeba_deploy.errors import AmoebaError, BadInput, ToolchainMissing, VerificationFailed
-from amoeba_deploy.files import read_json, sha256_of, write_json
-from amoeba_deploy.profiles.machine import own_chips
+from amoeba_deploy.files import read_json, read_json_object, sha256_of, write_json
+from amoeba_deploy.profiles.machine import own_chips, threads
+from amoeba_deploy.provenance import PROVENANCE, provenance_of
 from amoeba_deploy.selftest import check, read_selftest
 
 BUNDLE_FORMAT = "amoeba.bundle/1"
 MEASURED_FORMAT = "amoeba.measured/1"
-MANIFEST, MEASURED, SIGNATURE = "manifest.json", "measured.json", "model.sig"
+MANIFEST, MEASURED, RELEASE, SIGNATURE = "manifest.json", "measured.json", "release.json", "model.sig"
 ENGINE = "engine"
-_UNLISTED = {MANIFEST, MEASURED, SIGNATURE}
+UNLISTED = frozenset({MANIFEST, MEASURED, PROVENANCE, RELEASE, SIGNATURE})
+"""Files of a bundle that its manifest does not list."""
 
 
 def bundle_files(folder: Path) -> list[str]:
@@ -39,16 +43,23 @@ def bundle_files(folder: Path) -> list[str]:
             if (Path(root) / name).is_symlink():
                 raise VerificationFailed(f"{Path(root) / name}: is a link, which a bundle does not hold")
         found += [(Path(root) / name).relative_to(folder).as_posix() for name in files]
-    return sorted(name for name in found if name not in _UNLISTED)
+    return sorted(name for name in found if name not in UNLISTED)
 
 
 def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Write the manifest of an otherwise complete bundle; ``facts`` are all entries but format and files."""
+    """Write the manifest of an otherwise complete bundle, and its provenance.
+
+    ``facts`` are all entries but format and files. What was signed before is not what is there now: the signature goes.
+    """
     files = {
         name: {"sha256": sha256_of(folder / name), "bytes": (folder / name).stat().st_size}
         for name in bundle_files(folder)
     }
-    write_json(folder / MANIFEST, {"format": BUNDLE_FORMAT, **facts, "files": files})
+    manifest = {"format": BUNDLE_FORMAT, **facts, "files": files}
+    write_json(folder / MANIFEST, manifest)
+    write_json(folder / PROVENANCE, provenance_of(manifest, (folder / MANIFEST).read_bytes()))
+    for signed in (RELEASE, SIGNATURE):
+        (folder / signed).unlink(missing_ok=True)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -62,8 +73,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def verify_files(folder: Path) -> dict[str, Any]:
+def verify_files(folder: Path, known: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Check every file's digest against the manifest; returns the manifest.
+
+    ``known`` are the sha256 of all files where they were just computed, as by a signature that holds; then no file is
+    read again.
 
     Raises:
         VerificationFailed: a file is changed, missing or not listed.
@@ -74,10 +88,23 @@ def verify_files(folder: Path) -> dict[str, Any]:
         raise VerificationFailed(f"{folder}: the file {min(listed - found)} is missing; get the bundle again")
     if found - listed:
         raise VerificationFailed(f"{folder}: the file {min(found - listed)} is not in its manifest; remove it")
-    for name, entry in sorted(manifest["files"].items()):
-        if not isinstance(entry, dict) or sha256_of(folder / name) != entry.get("sha256"):
+    names = sorted(listed)
+    with ThreadPoolExecutor(threads()) as pool:
+        digests = known or dict(zip(names, pool.map(lambda name: sha256_of(folder / name), names), strict=True))
+    for name in names:
+        entry = manifest["files"][name]
+        if not isinstance(entry, dict) or digests.get(name) != entry.get("sha256"):
             raise VerificationFailed(f"{folder / name}: differs from what its manifest lists; get the bundle again")
     return manifest
+
+
+def check_provenance(folder: Path) -> None:
+    """Raise VerificationFailed where the provenance of a bundle, if it has one, is not that of its manifest."""
+    file, manifest = folder / PROVENANCE, folder / MANIFEST
+    if not file.is_file():
+        return
+    if read_json_object(file) != provenance_of(read_manifest(folder), manifest.read_bytes()):
+        raise VerificationFailed(f"{file}: speaks of another bundle; get the bundle again")
 
 
 def require_runnable(folder: Path, manifest: Mapping[str, Any]) -> Backend:

@@ -1,4 +1,4 @@
-"""Commands on bundles: ``bundle verify`` and ``bundle finish``."""
+"""Commands on bundles where they are built: ``bundle verify``, ``bundle finish`` and ``bundle sign``."""
 
 from __future__ import annotations
 
@@ -16,29 +16,79 @@ from amoeba_deploy.progress import Progress
 
 @click.group()
 def bundle() -> None:
-    """Check bundles, and finish them on their device."""
+    """Check, finish, sign and deliver bundles."""
 
 
 @bundle.command("verify")
 @click.argument("path", type=click.Path(path_type=Path))
+@click.option(
+    "--public-key",
+    "trust",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Key, certificate authority, or folder of them, one of which must have signed.  [repeatable]",
+)
 @output_options
-def bundle_verify(path: Path, as_json: bool, quiet: bool) -> None:
-    """Check every file of a bundle against its manifest and run its self-test.
+def bundle_verify(path: Path, trust: tuple[Path, ...], as_json: bool, quiet: bool) -> None:
+    """Check a bundle's files against its manifest and, with a key, its signature; run its self-test where it can run.
 
     \b
     amoeba bundle verify out
+    amoeba bundle verify out --public-key key.pub
     """
-    from amoeba_deploy.bundle import run_selftest, verify_files
+    from amoeba_deploy.bundle_check import check_bundle
 
-    manifest = verify_files(path)
-    Progress(quiet).say("files intact, running the self-test")
-    count = run_selftest(path, manifest)
-    value = {"path": str(path), "files": len(manifest["files"]), "selftest_tokens": count}
-    emit(
-        value,
-        as_json,
-        lambda: click.echo(f"{path}: {len(manifest['files'])} files intact, {count} self-test tokens equal"),
-    )
+    done = check_bundle(path, trust, Progress(quiet))
+    emit(done.to_json(), as_json, lambda: click.echo(done.text()))
+
+
+@bundle.command("sign")
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option(
+    "--private-key", required=True, type=click.Path(path_type=Path), help="Elliptic-curve key (P-256 or more) in PEM."
+)
+@click.option("--certificate", type=click.Path(path_type=Path), help="Certificate of that key in PEM.")
+@click.option(
+    "--chain",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Certificates between it and the authority that devices trust.  [repeatable]",
+)
+@click.option(
+    "--serial",
+    type=click.IntRange(0),
+    help="Release number: devices refuse lower ones than they have.  [default: seconds since 1970]",
+)
+@output_options
+def bundle_sign(
+    path: Path,
+    private_key: Path,
+    certificate: Path | None,
+    chain: tuple[Path, ...],
+    serial: int | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Sign a bundle, so that a device can tell whom it is from and that it is not older than what it has.
+
+    The password of an encrypted key is read from AMOEBA_KEY_PASSWORD.
+
+    \b
+    openssl ecparam -name prime256v1 -genkey -noout -out key.pem && openssl ec -in key.pem -pubout -out key.pub
+    amoeba bundle sign out --private-key key.pem
+    """
+    import os
+
+    from amoeba_deploy.delivery.signing import Certificate, sign
+    from amoeba_deploy.errors import BadInput
+
+    if chain and certificate is None:
+        raise BadInput("--chain is of a certificate; give --certificate, too")
+    of_key = Certificate(certificate, chain) if certificate else None
+    password = os.environ.get("AMOEBA_KEY_PASSWORD") or None
+    release = sign(path, private_key, certificate=of_key, serial=serial, password=password)
+    value = {"path": str(path), "serial": release.serial, "signed": release.signed}
+    emit(value, as_json, lambda: click.echo(f"{path}: signed as release {release.serial}"))
 
 
 @bundle.command("finish")
