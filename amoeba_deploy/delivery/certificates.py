@@ -27,7 +27,7 @@ def check_chain(chain: Sequence[bytes], authorities: Sequence[Path], where: str)
     from cryptography import x509
 
     try:
-        certificates = [x509.load_der_x509_certificate(der) for der in chain]
+        certificates = [x509.load_der_x509_certificate(der) for der in dict.fromkeys(chain)]
     except ValueError:
         raise VerificationFailed(f"{where}: holds a damaged certificate; get the bundle again") from None
     trusted = [certificate for file in authorities for certificate in _read(file)]

@@ -94,8 +94,10 @@ def _signer(private_key: Path, certificate: Certificate | None, password: str | 
             )
         if password:
             raise BadInput(f"{private_key}: a key with a certificate cannot have a password; decrypt it first")
+        # The library wants a chain that is not empty.
+        chain = certificate.chain or (certificate.file,)
         return config.use_certificate_signer(
-            private_key=private_key, signing_certificate=certificate.file, certificate_chain=certificate.chain
+            private_key=private_key, signing_certificate=certificate.file, certificate_chain=chain
         )
     except BadInput:
         raise
