@@ -78,7 +78,6 @@ def check_bundle(folder: Path, trusted: Sequence[Path], progress: Progress) -> C
     else:
         manifest = verify_files(folder)
     check_manifest(manifest, folder)
-    check_provenance(folder)
     read_selftest(folder)
     progress.say("files intact, running the self-test")
     count, reason = None, None
@@ -86,4 +85,5 @@ def check_bundle(folder: Path, trusted: Sequence[Path], progress: Progress) -> C
         count = run_selftest(folder, manifest)
     except ToolchainMissing as error:
         reason = str(error).removeprefix(f"{folder}: ")
+    check_provenance(folder)
     return Checked(folder, len(manifest["files"]), (folder / SIGNATURE).is_file(), signer, serial, count, reason)

@@ -29,10 +29,17 @@ def unfinished(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_running_a_bundle_with_steps_left_names_them_and_what_to_do(unfinished: Path) -> None:
-    for command in (("run", unfinished, "-p", "x"), ("bundle", "verify", unfinished)):
-        said = sentence(amoeba(*command, "--quiet"), 6)
-        assert f"amoeba bundle finish {unfinished}" in said
-        assert "compile the engine: " in said
+    said = sentence(amoeba("run", unfinished, "-p", "x", "--quiet"), 6)
+    assert f"amoeba bundle finish {unfinished}" in said
+    assert "compile the engine: " in said
+
+
+def test_verifying_a_bundle_with_steps_left_says_why_the_self_test_did_not_run(unfinished: Path) -> None:
+    result = amoeba("bundle", "verify", unfinished, "--quiet")
+    assert result.exit_code == 0, result.output
+    assert "files intact, self-test not run: its engine is not finished" in result.stdout
+    found = json.loads(amoeba("bundle", "verify", unfinished, "--quiet", "--json").stdout)
+    assert found["selftest_tokens"] is None and "compile the engine: " in found["not_run"]
 
 
 def test_finishing_runs_the_steps_and_lists_what_they_made(unfinished: Path) -> None:

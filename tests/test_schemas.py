@@ -18,9 +18,11 @@ from click.testing import CliRunner
 from conftest import QUIET, random_adapters, save_random_model
 from jsonschema import Draft202012Validator, ValidationError
 from released import make_released
+from signers import make_key
 
 from amoeba_deploy.checkpoint import create_checkpoint, finish_checkpoint
 from amoeba_deploy.cli import main
+from amoeba_deploy.delivery.signing import sign
 from amoeba_deploy.model_folder import ModelFolder
 from amoeba_deploy.quality import WIDTHS, write_quality
 from amoeba_deploy.quality_measurement import measure_quality
@@ -122,6 +124,7 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, A
     amoeba("profile", checkpoint, *which, *short, "--shapes", "3x1", "--repeats", 3, "-o", table, "--quiet")
     here = ("--device", "local", "--table", table, "--latency", "10s", "--shape", "3x1")
     amoeba("export", checkpoint, *here, *which, *short, "-o", root / "here", "--quiet")
+    sign(root / "here", make_key(root).private)
     there = ("--device", "orin-nx", "--memory", "8GB", "--flow", "onnx", "--precision", "int4", "--no-verify")
     amoeba("export", checkpoint, *there, "--context", 96, *short, "-o", root / "there", "--quiet")
     shutil.copytree(checkpoint, root / "tuned")
@@ -159,6 +162,7 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, A
         "measured": read(root / "here" / "measured.json"),
         "measured:unverified": read(root / "there" / "measured.json"),
         "selftest": read(root / "here" / "selftest.json"),
+        "release": read(root / "here" / "release.json"),
         "profile-kit": read(kit / "kit.json"),
         "profile-results": kits.lines(kit)[0],
         "lines": {"of a kit": kits.lines(kit)[1:]},
@@ -226,6 +230,7 @@ DAMAGE: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
     ),
     "an item's name with a slash": ("profile-kit", lambda d: d["items"][0].update(id="a/b")),
     "weights from nowhere": ("profile-results", lambda d: d.update(weights="guessed")),
+    "a serial below zero": ("release", lambda d: d.update(serial=-1)),
     "no fingerprint": ("measured", lambda d: d["machine"].pop("fingerprint")),
     "a verdict in words": ("measured", lambda d: d["verified"].update(greedy_tokens_equal="yes")),
     "no prompt": ("selftest", lambda d: d.update(prompt=[])),
