@@ -30,6 +30,8 @@ from amoeba_deploy.selftest import check, read_selftest
 BUNDLE_FORMAT = "amoeba.bundle/1"
 MEASURED_FORMAT = "amoeba.measured/1"
 MANIFEST, MEASURED, RELEASE, SIGNATURE = "manifest.json", "measured.json", "release.json", "model.sig"
+MAX_MANIFEST = 32 << 20
+"""Bytes of a manifest: one of ten thousand files has about two million."""
 ENGINE = "engine"
 UNLISTED = frozenset({MANIFEST, MEASURED, PROVENANCE, RELEASE, SIGNATURE})
 """Files of a bundle that its manifest does not list."""
@@ -66,6 +68,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a bundle; raises BadInput where the folder is no bundle."""
     if not (folder / MANIFEST).is_file():
         raise BadInput(f"{folder}: is not a bundle, it has no {MANIFEST}")
+    if (folder / MANIFEST).stat().st_size > MAX_MANIFEST:
+        raise BadInput(
+            f"{folder / MANIFEST}: has more than {MAX_MANIFEST >> 20} MB, as no bundle's; get the bundle again"
+        )
     manifest = read_json(folder / MANIFEST, BUNDLE_FORMAT)
     strings = all(isinstance(manifest.get(key), str) for key in ("flow", "precision"))
     if not strings or not isinstance(manifest.get("files"), dict):
