@@ -72,7 +72,7 @@ class Checkpoint:
     @cached_property
     def digest(self) -> str:
         """sha256 over the names and contents of the checkpoint's own files, of which amoeba.json names the base."""
-        files = [self.path / part for part in _PARTS if (self.path / part).is_file()]
+        files = own_files(self.path)
         lines = [f"{file.name} {sha256_of(file)}\n" for file in files]
         return "sha256:" + hashlib.sha256("".join(lines).encode()).hexdigest()
 
@@ -202,6 +202,11 @@ class Checkpoint:
             **known,
             "base_digest": self.selection.base_digest,
         }
+
+
+def own_files(folder: Path) -> list[Path]:
+    """The files of a checkpoint that its digest is over, in that order."""
+    return [folder / part for part in _PARTS if (folder / part).is_file()]
 
 
 def open_checkpoint(path: Path | None = None) -> Checkpoint:

@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from amoeba_deploy import __version__
+from amoeba_deploy.commands.build import build, cache, init
 from amoeba_deploy.commands.bundles import bundle
 from amoeba_deploy.commands.checkpoint import checkpoint
 from amoeba_deploy.commands.devices import devices
@@ -98,5 +99,5 @@ def _interrupt(_number: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-for command in (select, tune, checkpoint, extract, evaluate, run, devices, profile, search, export, bundle):
+for command in (select, tune, checkpoint, extract, evaluate, run, devices, profile, search, export, bundle, init, build, cache):
     main.add_command(command)

@@ -41,3 +41,9 @@ class ToolchainMissing(AmoebaError):
     """An engine's toolchain is not installed; the message says how to get it."""
 
     exit_code = 6
+
+
+def with_code(exit_code: int, message: str) -> AmoebaError:
+    """A failure of the class that has an exit code; the base class where none has it."""
+    kinds = (BadInput, NoShapeFits, LatencyUnknown, VerificationFailed, ToolchainMissing)
+    return next((kind for kind in kinds if kind.exit_code == exit_code), AmoebaError)(message)

@@ -18,6 +18,7 @@ from amoeba_deploy.backends.torch import torch_reference
 from amoeba_deploy.bundle import ENGINE, MEASURED, MEASURED_FORMAT, write_manifest
 from amoeba_deploy.checkpoint import Checkpoint
 from amoeba_deploy.extraction.folder import copy_files, other_files
+from amoeba_deploy.extraction_store import ExtractionStore
 from amoeba_deploy.files import folder_bytes, whole_folder, write_json
 from amoeba_deploy.lowering import lower_plan
 from amoeba_deploy.plan import Plan
@@ -89,6 +90,7 @@ def export(
     text: Path | None = None,
     phases: Phases,
     progress: Progress,
+    store: ExtractionStore | None = None,
 ) -> Export:
     """Build one bundle; nothing stands under ``output`` until it is complete.
 
@@ -106,23 +108,30 @@ def export(
         engine.mkdir()
         progress.say(f"building {order.flow} {order.precision} of {order.plan.shape}")
         with phases.phase("build"):
-            subnet, artefact = lower_plan(checkpoint, order.plan, backend, order.precision, options, engine, Path(work))
+            subnet, artefact = lower_plan(
+                checkpoint, order.plan, backend, order.precision, options, engine, Path(work), store
+            )
         unfinished = cannot_run or artefact.steps
         verification, timing = None, None
         with phases.phase("verify"):
             if verify and not unfinished:
                 progress.say("verifying against transformers")
                 verification = verify_artefact(backend, subnet, engine, order.precision, options, text)
-        if unfinished:
-            # What the subnet itself gives is what its engine must give on the device.
-            opened: Engine = torch_reference(subnet.path)
-        else:
-            opened = backend.open(engine, order.precision, context=options.context, batch=options.batch)
         with phases.phase("measure"):
             if order.on_this_machine and not unfinished:
                 progress.say("measuring")
                 vocabulary, deadline = subnet.architecture.vocabulary, time.perf_counter() + MEASURE_SECONDS
-                timing = measure([Subject(lambda: opened)], vocabulary, order.workload, deadline=deadline)[0]
+
+                def timed() -> Engine:
+                    return backend.open(engine, order.precision, context=options.context, batch=options.batch)
+
+                timing = measure([Subject(timed)], vocabulary, order.workload, deadline=deadline)[0]
+        if unfinished:
+            # What the subnet itself gives is what its engine must give on the device.
+            opened: Engine = torch_reference(subnet.path)
+        else:
+            # On one thread it gives the same bits on a machine of any number of cores.
+            opened = backend.open(engine, order.precision, 1, context=options.context, batch=options.batch)
         with phases.phase("bundle"):
             ids = prompt_ids(subnet, options.context)
             opened.reset()

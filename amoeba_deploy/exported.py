@@ -8,6 +8,7 @@ from typing import Any
 
 from amoeba_deploy.checkpoint import Checkpoint
 from amoeba_deploy.export import Export, Order, export
+from amoeba_deploy.extraction_store import ExtractionStore
 from amoeba_deploy.profiles.device import LOCAL
 from amoeba_deploy.request import Answer, Request
 from amoeba_deploy.search import Candidate
@@ -53,9 +54,11 @@ def export_answer(
     force: bool,
     verify: bool,
     text: Path | None = None,
+    answer: Answer | None = None,
+    store: ExtractionStore | None = None,
 ) -> ExportAnswer:
-    """Answer a request and build its bundle."""
-    answer = request.answer()
+    """Answer a request, unless its ``answer`` is known, and build its bundle; ``store`` shares extractions."""
+    answer = answer or request.answer()
     best, device = answer.best, request.target.device
     plan = request.plan(best.flow, best.precision)
     plan = plan or checkpoint.plan(best.shape, request.space.steps(best.flow, best.precision))
@@ -82,6 +85,7 @@ def export_answer(
         text=text,
         phases=request.phases,
         progress=request.progress,
+        store=store,
     )
     return ExportAnswer(answer, done, request.phases.seconds)
 

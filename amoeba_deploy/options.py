@@ -83,6 +83,14 @@ class Seconds(_Quantity):
     example = "5m"
 
 
+class Days(_Quantity):
+    """A long time span with its unit, in seconds."""
+
+    name = "time"
+    units = {"h": 3600.0, "d": 86400.0, "w": 604800.0}  # noqa: RUF012
+    example = "30d"
+
+
 class Memory(_Quantity):
     """An amount of memory with its unit, in bytes."""
 

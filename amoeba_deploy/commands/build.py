@@ -1,0 +1,253 @@
+"""The commands ``build``, ``init`` and ``cache``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from amoeba_deploy.commands.common import emit
+from amoeba_deploy.options import Days, Memory, output_options
+from amoeba_deploy.progress import Progress
+
+if TYPE_CHECKING:
+    from amoeba_deploy.project.cache import Entry
+    from amoeba_deploy.project.gate import Verdict
+    from amoeba_deploy.project.result import Result
+
+FILE = click.Path(path_type=Path)
+
+
+@click.command()
+@click.option("--config", type=FILE, default="amoeba.toml", show_default=True, help="The project's file.")
+@click.option(
+    "--target", "targets", multiple=True, help="Build this one, and what it needs.  [repeatable; default: all]"
+)
+@click.option("--jobs", type=click.IntRange(1), help="Targets that are built at once.  [default: the file's, else 1]")
+@click.option("--explain", is_flag=True, help="Say of every target why it is built, or is not.")
+@click.option("--dry-run", is_flag=True, help="Say what would be built, and build nothing.")
+@click.option("--force", is_flag=True, help="Build again what did not change.")
+@click.option(
+    "--fail-if", "conditions", multiple=True, help="Fail where this holds: 'tpot > 1.05 * baseline'.  [repeatable]"
+)
+@click.option("--baseline", type=FILE, help="Figures to compare with.  [default: the file's]")
+@click.option("--save-baseline", is_flag=True, help="Store the figures of this build as the baseline, if it is good.")
+@click.option("--sign", is_flag=True, help="Sign the bundles of targets that name a private-key.")
+@click.option("--serial", type=click.IntRange(0), help="Release number of signatures.  [default: seconds since 1970]")
+@click.option("--push", is_flag=True, help="Push the bundles of targets that name a registry.")
+@click.option("--tag", help="Push under this tag instead of the file's.")
+@click.option("--plain-http", is_flag=True, help="Speak HTTP without TLS to a registry that is not on this machine.")
+@click.option("--junit", type=FILE, help="Write JUnit's XML here.")
+@click.option("--summary", type=FILE, help="Append a Markdown summary here, such as $GITHUB_STEP_SUMMARY.")
+@output_options
+def build(
+    config: Path,
+    targets: tuple[str, ...],
+    jobs: int | None,
+    explain: bool,
+    dry_run: bool,
+    force: bool,
+    conditions: tuple[str, ...],
+    baseline: Path | None,
+    save_baseline: bool,
+    sign: bool,
+    serial: int | None,
+    push: bool,
+    tag: str | None,
+    plain_http: bool,
+    junit: Path | None,
+    summary: Path | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Build every target of amoeba.toml, but for what did not change: search, extract, lower, verify, bundle.
+
+    Bundles are kept in the cache by all that decided their bytes. A target that fails does not stop the others.
+
+    \b
+    amoeba build
+    amoeba build --target kiosk --explain
+    amoeba build --jobs 4 --sign --push --junit build.xml --fail-if 'size > 1.1 * baseline'
+    """
+    from amoeba_deploy.project.baseline import read_baseline, write_baseline
+    from amoeba_deploy.project.cache import BuildCache
+    from amoeba_deploy.project.config import load_project
+    from amoeba_deploy.project.gate import Gate
+    from amoeba_deploy.project.pipeline import Build
+    from amoeba_deploy.project.planned import plan
+    from amoeba_deploy.project.report import append_summary, markdown, write_junit
+    from amoeba_deploy.project.shipping import pushed, signed
+
+    loaded, cache, progress = load_project(config), BuildCache(), Progress(quiet)
+    settings = loaded.project.build
+    gates = [Gate(text).check() for text in (*settings.fail_if, *conditions)]
+    file = baseline or loaded.path(settings.baseline)
+    stored = read_baseline(file) if file.is_file() or (baseline is not None and not save_baseline) else {}
+    planned = plan(loaded, targets, cache, force)
+    whole = Build(loaded, cache, progress, jobs or settings.jobs, force)
+    if dry_run:
+        results = whole.foreseen(planned)
+    else:
+        results = whole.run(planned)
+        results = [signed(loaded, result, serial) for result in results] if sign else results
+        results = [pushed(loaded, result, tag, plain_http, progress) for result in results] if push else results
+    verdicts = [
+        gate.judge(result.name, result.figures, stored.get(result.name))
+        for gate in gates
+        for result in results
+        if result.good and result.figures is not None
+    ]
+    if junit is not None:
+        write_junit(junit, results, verdicts)
+    if summary is not None:
+        append_summary(summary, markdown(results, verdicts))
+    error = _failure(results, verdicts)
+    if save_baseline and error is None and not dry_run:
+        write_baseline(file, results, stored)
+    value = {
+        "config": str(config),
+        "targets": [result.to_json() for result in results],
+        "gates": [verdict.to_json() for verdict in verdicts],
+        "cache": str(cache.folder),
+    }
+    emit(value, as_json, lambda: _print(results, verdicts, explain or dry_run))
+    if error is not None:
+        raise error
+
+
+def _failure(results: Sequence[Result], verdicts: Sequence[Verdict]) -> Exception | None:
+    """The failure of a build as a whole: that of its first target which failed, else of its gates."""
+    from amoeba_deploy.errors import AmoebaError, VerificationFailed, with_code
+
+    failed = [result for result in results if not result.good]
+    if failed:
+        first = next((result for result in failed if result.state == "failed"), failed[0])
+        names = ", ".join(result.name for result in failed)
+        said = f"{len(failed)} of {len(results)} targets were not built ({names}); {first.name}: {first.reason}"
+        return with_code(first.exit_code, said) if first.exit_code else AmoebaError(said)
+    broken = [verdict for verdict in verdicts if verdict.broken]
+    if broken:
+        first_gate = broken[0]
+        more = f"; {len(broken) - 1} more gates are broken" if len(broken) > 1 else ""
+        return VerificationFailed(
+            f"{first_gate.target} breaks the gate '{first_gate.condition}': {first_gate.said}{more}; look at what "
+            f"changed, or store a new baseline with --save-baseline"
+        )
+    return None
+
+
+def _print(results: Sequence[Result], verdicts: Sequence[Verdict], explain: bool) -> None:
+    from amoeba_deploy.console import columns
+    from amoeba_deploy.project.report import HEAD, cells
+
+    if not results:
+        click.echo("amoeba.toml has no targets")
+        return
+    columns([cells(result) for result in results], HEAD)
+    for result in results:
+        if explain or not result.good:
+            click.echo(f"{result.name}: {result.state}, {result.reason}")
+        if explain:
+            for remark in result.remarks:
+                click.echo(f"  note: {remark}")
+        if result.signed is not None:
+            click.echo(f"{result.name}: signed as release {result.signed}")
+        if result.pushed is not None:
+            click.echo(f"{result.name}: pushed to {result.pushed['reference']} ({result.pushed['digest']})")
+    for verdict in verdicts:
+        word = {True: "broken", False: "holds", None: "not compared"}[verdict.broken]
+        click.echo(
+            f"gate '{verdict.condition}' on {verdict.target}: {word}, {verdict.said.removeprefix('not compared: ')}"
+        )
+    idle = all(result.state == "unchanged" for result in results)
+    if idle:
+        click.echo("nothing to do: no target changed")
+
+
+@click.command()
+@click.argument("folder", type=FILE, default=".")
+@click.option("--checkpoint", help="One-for-all checkpoint, relative to the folder.  [default: the embedded one]")
+@click.option("--device", default="orin-nx", show_default=True, help="Device of the first target.")
+@click.option("--name", default="kiosk", show_default=True, help="Name of the first target.")
+@click.option("--force", is_flag=True, help="Replace an existing file.")
+@output_options
+def init(folder: Path, checkpoint: str | None, device: str, name: str, force: bool, as_json: bool, quiet: bool) -> None:
+    """Write a commented amoeba.toml, and beside it the JSON Schema by which editors complete it.
+
+    \b
+    amoeba init && amoeba build
+    """
+    from amoeba_deploy.project.template import write_project
+
+    files = write_project(folder, checkpoint, device, name, force)
+    emit({"files": [str(file) for file in files]}, as_json, lambda: click.echo("\n".join(map(str, files))))
+
+
+@click.group()
+def cache() -> None:
+    """Bundles that 'amoeba build' keeps."""
+
+
+@cache.command("list")
+@output_options
+def cache_list(as_json: bool, quiet: bool) -> None:
+    """List the bundles of the cache, the latest used first.
+
+    \b
+    amoeba cache list
+    """
+    from amoeba_deploy.project.cache import BuildCache
+
+    store = BuildCache()
+    entries = store.entries()
+    total = sum(entry.bytes for entry in entries)
+    value = {"path": str(store.folder), "bytes": total, "entries": [_entry_json(entry) for entry in entries]}
+    emit(value, as_json, lambda: _print_entries(store.folder, entries, total))
+
+
+def _entry_json(entry: Entry) -> dict[str, Any]:
+    figures = entry.figures
+    shown = {name: figures[name] for name in ("device", "flow", "precision", "shape")}
+    return {"key": entry.key, "target": entry.facts.get("target"), "bytes": entry.bytes, "used": entry.used, **shown}
+
+
+def _print_entries(folder: Path, entries: Sequence[Entry], total: float) -> None:
+    import datetime
+
+    from amoeba_deploy.console import amount, columns
+
+    rows = [
+        [
+            entry.key[:12],
+            str(entry.facts.get("target")),
+            f"{entry.figures['device']} {entry.figures['flow']} {entry.figures['precision']} {entry.figures['shape']}",
+            amount(entry.bytes),
+            datetime.datetime.fromtimestamp(entry.used).astimezone().isoformat(" ", "seconds")[:16],
+        ]
+        for entry in entries
+    ]
+    if rows:
+        columns(rows, ["key", "target", "what", "size", "last used"])
+    click.echo(f"{folder}: {len(entries)} bundles, {amount(total)}")
+
+
+@cache.command("prune")
+@click.option("--older-than", type=Days(), help="Remove what was not used for so long, such as 30d.")
+@click.option("--keep", type=Memory(), help="Remove the longest unused beyond this size, such as 5GB.")
+@output_options
+def cache_prune(older_than: float | None, keep: float | None, as_json: bool, quiet: bool) -> None:
+    """Remove bundles from the cache: all, or those that --older-than and --keep name. What is being built stays.
+
+    \b
+    amoeba cache prune --older-than 30d --keep 5GB
+    """
+    from amoeba_deploy.console import amount
+    from amoeba_deploy.project.cache import BuildCache
+
+    store = BuildCache()
+    removed = store.prune(older_than=older_than, keep_bytes=keep)
+    freed = sum(entry.bytes for entry in removed)
+    value = {"path": str(store.folder), "removed": [entry.key for entry in removed], "bytes": freed}
+    emit(value, as_json, lambda: click.echo(f"{store.folder}: {len(removed)} bundles removed, {amount(freed)}"))

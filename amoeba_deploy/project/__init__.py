@@ -1,0 +1,1 @@
+"""Projects: a repository's ``amoeba.toml`` and everything that ``amoeba build`` does with it."""

@@ -1,0 +1,237 @@
+"""Gates: conditions such as ``tpot > 1.05 * baseline`` that let a build fail.
+
+A condition compares quantities of a target (``tpot``, ``ttft``, ``e2e``, ``memory``, ``size``, ``loss``,
+``perplexity``) with numbers and with ``baseline``, the same quantity of the stored figures. A latency is looked at
+twice: as it was predicted, and as it was measured where it was. Measured latencies, and those interpolated from
+measurements, are compared with a baseline only where both come from the same machines; estimates, sizes and quality
+always are.
+"""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import operator
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from amoeba_deploy.errors import BadInput
+
+LATENCIES = ("tpot", "ttft", "e2e")
+QUANTITIES = (*LATENCIES, "memory", "size", "loss", "perplexity")
+BASELINE = "baseline"
+_UNITS = {"us": 1e-3, "ms": 1.0, "s": 1e3, "MB": 1e6, "GB": 1e9, "MiB": 2.0**20, "GiB": 2.0**30}
+"""To milliseconds and bytes."""
+_NUMBER = re.compile(rf"(?<![\w.])(\d*\.?\d+)({'|'.join(sorted(_UNITS, key=len, reverse=True))})\b")
+_COMPARE: dict[type[ast.cmpop], Callable[[float, float], bool]] = {
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+}
+_ARITHMETIC: dict[type[ast.operator], Callable[[float, float], float]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
+LONGEST = 500
+"""Characters of a condition."""
+
+
+class _Unknown(Exception):
+    """A value that is not known, or cannot be compared, and why."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a gate says of a target: ``broken`` is None where there was nothing to compare."""
+
+    target: str
+    condition: str
+    broken: bool | None
+    said: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The entry of ``build --json``."""
+        return {"target": self.target, "condition": self.condition, "broken": self.broken, "said": self.said}
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A condition that lets a build fail where it holds."""
+
+    condition: str
+
+    @cached_property
+    def _tree(self) -> ast.expr:
+        text = _NUMBER.sub(lambda found: repr(float(found[1]) * _UNITS[found[2]]), self.condition.strip())
+        try:
+            if len(self.condition) > LONGEST:
+                raise SyntaxError
+            tree = ast.parse(text, mode="eval").body
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            raise self._refused("cannot be read") from None
+        self._check(tree)
+        return tree
+
+    def check(self) -> Gate:
+        """The gate itself; raises BadInput where its condition cannot be read."""
+        _ = self._tree
+        return self
+
+    def _refused(self, why: str) -> BadInput:
+        return BadInput(
+            f"the gate '{self.condition[:80]}' {why}; compare {', '.join(QUANTITIES)} with numbers or with baseline, "
+            f"such as 'tpot > 1.05 * baseline'"
+        )
+
+    def _check(self, tree: ast.expr) -> None:
+        """Only comparisons of sums and products, joined by and, or, not."""
+        if isinstance(tree, ast.BoolOp):
+            for part in tree.values:
+                self._check(part)
+        elif isinstance(tree, ast.UnaryOp) and isinstance(tree.op, ast.Not):
+            self._check(tree.operand)
+        elif isinstance(tree, ast.Compare):
+            names = self._terms(tree.left) | {name for part in tree.comparators for name in self._terms(part)}
+            if any(type(op) not in _COMPARE for op in tree.ops):
+                raise self._refused("compares by something else than >, >=, <, <=")
+            if not names - {BASELINE}:
+                raise self._refused("compares no quantity")
+            if BASELINE in names and len(names) != 2:
+                raise self._refused("does not say whose baseline it means, as it compares several quantities")
+        else:
+            raise self._refused("is no comparison")
+
+    def _terms(self, tree: ast.expr) -> set[str]:
+        """The names in a sum or product."""
+        if isinstance(tree, ast.BinOp) and type(tree.op) in _ARITHMETIC:
+            return self._terms(tree.left) | self._terms(tree.right)
+        if isinstance(tree, ast.UnaryOp) and isinstance(tree.op, ast.USub | ast.UAdd):
+            return self._terms(tree.operand)
+        if isinstance(tree, ast.Constant) and type(tree.value) in (int, float):
+            return set()
+        if isinstance(tree, ast.Name) and tree.id in (*QUANTITIES, BASELINE):
+            return {tree.id}
+        named = f"'{tree.id}'" if isinstance(tree, ast.Name) else "something"
+        raise self._refused(f"has {named} that is no quantity")
+
+    def judge(self, target: str, figures: Mapping[str, Any], baseline: Mapping[str, Any] | None) -> Verdict:
+        """Hold a target's figures against the condition, and against its stored figures where it speaks of them."""
+        names = {node.id for node in ast.walk(self._tree) if isinstance(node, ast.Name)}
+        views = ("predicted", "measured") if names & set(LATENCIES) else ("predicted",)
+        reasons, looked = [], []
+        for view in views:
+            if view == "measured" and figures.get("measured") is None:
+                continue
+            try:
+                broken, values = _Judge(figures, baseline, view).holds(self._tree)
+            except _Unknown as unknown:
+                reasons.append(str(unknown))
+                continue
+            looked.append(values)
+            if broken:
+                return Verdict(target, self.condition, True, values)
+        if not looked:
+            return Verdict(target, self.condition, None, f"not compared: {'; '.join(dict.fromkeys(reasons))}")
+        return Verdict(target, self.condition, False, "; ".join([*looked, *dict.fromkeys(reasons)]))
+
+
+class _Judge:
+    """Evaluates a condition on one view of the figures: predicted latencies, or measured ones."""
+
+    def __init__(self, figures: Mapping[str, Any], baseline: Mapping[str, Any] | None, view: str) -> None:
+        self._figures, self._baseline, self._view = figures, baseline, view
+        self._said: dict[str, str] = {}
+
+    def holds(self, tree: ast.expr) -> tuple[bool, str]:
+        """Whether the condition holds, and the values that it looked at."""
+        found = self._truth(tree)
+        return found, ", ".join(f"{name} {said}" for name, said in self._said.items())
+
+    def _truth(self, tree: ast.expr) -> bool:
+        if isinstance(tree, ast.BoolOp):
+            return self._joined(tree)
+        if isinstance(tree, ast.UnaryOp):
+            return not self._truth(tree.operand)
+        assert isinstance(tree, ast.Compare)
+        sides = [tree.left, *tree.comparators]
+        names = {node.id for side in sides for node in ast.walk(side) if isinstance(node, ast.Name)} - {BASELINE}
+        values = [self._number(side, names) for side in sides]
+        return all(_COMPARE[type(op)](*pair) for op, pair in zip(tree.ops, itertools.pairwise(values), strict=True))
+
+    def _joined(self, tree: ast.BoolOp) -> bool:
+        """Several conditions; one that is not known counts only where the others do not decide."""
+        decides, unknown = isinstance(tree.op, ast.Or), None
+        for part in tree.values:
+            try:
+                if self._truth(part) == decides:
+                    return decides
+            except _Unknown as error:
+                unknown = error
+        if unknown is not None:
+            raise unknown
+        return not decides
+
+    def _number(self, tree: ast.expr, names: set[str]) -> float:
+        if isinstance(tree, ast.BinOp):
+            left, right = self._number(tree.left, names), self._number(tree.right, names)
+            try:
+                return _ARITHMETIC[type(tree.op)](left, right)
+            except ZeroDivisionError:
+                raise _Unknown("it divides by zero") from None
+        if isinstance(tree, ast.UnaryOp):
+            value = self._number(tree.operand, names)
+            return -value if isinstance(tree.op, ast.USub) else value
+        if isinstance(tree, ast.Constant):
+            return float(tree.value)  # type: ignore[arg-type]  # a number, as was checked
+        assert isinstance(tree, ast.Name)
+        if tree.id != BASELINE:
+            return self._value(tree.id, self._figures, "", note=tree.id)
+        (name,) = names
+        if self._baseline is None:
+            raise _Unknown("no baseline is stored of this target")
+        if name in LATENCIES:
+            self._require_same_machines(name)
+        return self._value(name, self._baseline, "the baseline's ", note="baseline")
+
+    def _require_same_machines(self, name: str) -> None:
+        new, old = self._figures.get(self._view) or {}, (self._baseline or {}).get(self._view) or {}
+        if not old:
+            raise _Unknown(f"the baseline has no {self._view} {name}")
+        if new.get("machines") != old.get("machines"):
+            raise _Unknown(f"the {self._view} {name} of the baseline is of another machine, or an estimate")
+
+    def _value(self, name: str, figures: Mapping[str, Any], whose: str, note: str) -> float:
+        found = _lookup(name, figures, self._view)
+        if found is None:
+            raise _Unknown(f"{whose}{name} is not known")
+        view = f" ({self._view})" if name in LATENCIES else ""
+        self._said[note] = f"{_text(name, found)}{view}"
+        return found
+
+
+def _lookup(name: str, figures: Mapping[str, Any], view: str) -> float | None:
+    """A quantity of a target's figures: milliseconds, bytes, nats."""
+    if name in LATENCIES:
+        value = (figures.get(view) or {}).get(f"{name}_ms")
+    elif name == "memory":
+        value = (figures.get("predicted") or {}).get("memory_bytes")
+    elif name == "size":
+        value = figures.get("bytes")
+    elif name == "loss":
+        quality = figures.get("quality") or {}
+        value = quality.get("value") if quality.get("metric") == "loss" else None
+    else:
+        value = figures.get("perplexity")
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _text(name: str, value: float) -> str:
+    if name in LATENCIES:
+        return f"{value:.4g} ms"
+    return f"{value / 1e6:.2f} MB" if name in ("memory", "size") else f"{value:.4f}"
