@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import platform
@@ -58,11 +59,33 @@ def own_chips() -> tuple[str, ...]:
     """The architectures that code can be built for and run on here: the processor's, and those of CUDA GPUs."""
     chips = [platform.machine()]
     if Path("/dev/nvidia0").exists() or Path("/dev/nvgpu").exists():
-        import torch
-
-        for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-            chips.append("sm_{}{}".format(*torch.cuda.get_device_capability(index)))
+        chips += _cuda_chips()
     return tuple(dict.fromkeys([*chips, *_board_chips()]))
+
+
+_CAPABILITY = 75, 76
+"""Attributes of a device in CUDA's driver API: the major and minor version of its architecture."""
+
+
+def _cuda_chips() -> list[str]:
+    """The architectures of the CUDA GPUs that this process may use, as the driver tells them."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return []
+    count, device, value = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+        return []
+    found = []
+    for index in range(count.value):
+        version = []
+        for attribute in _CAPABILITY:
+            if driver.cuDeviceGet(ctypes.byref(device), index) == 0:
+                driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
+                version.append(value.value)
+        if len(version) == len(_CAPABILITY):
+            found.append("sm_{}{}".format(*version))
+    return found
 
 
 def _board_chips() -> tuple[str, ...]:
