@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from amoeba_deploy.commands import device
 from amoeba_deploy.commands.common import emit
 from amoeba_deploy.options import (
     output_options,
@@ -116,3 +117,6 @@ def bundle_finish(path: Path, as_json: bool, quiet: bool) -> None:
     if done.left:
         said += f", {done.left} left for the device: copy the bundle there, and run 'amoeba bundle finish' again"
     emit(value, as_json, lambda: click.echo(f"{path}: {said}"))
+
+
+device.add_to(bundle)
