@@ -131,7 +131,8 @@ def export(
             opened: Engine = torch_reference(subnet.path)
         else:
             # On one thread it gives the same bits on a machine of any number of cores.
-            opened = backend.open(engine, order.precision, 1, context=options.context, batch=options.batch)
+            count = 1 if backend.own_threads else None
+            opened = backend.open(engine, order.precision, count, context=options.context, batch=options.batch)
         with phases.phase("bundle"):
             ids = prompt_ids(subnet, options.context)
             opened.reset()

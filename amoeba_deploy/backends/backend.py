@@ -174,6 +174,8 @@ class Backend(ABC):
     """Which subnets it takes, as data."""
     settings: ClassVar[Mapping[str, Setting]] = {}
     """Choices that only this engine has."""
+    own_threads: ClassVar[bool] = True
+    """Whether engines of one process may differ in threads; False where the first decides, or change is dear."""
     opens: ClassVar[bool] = True
     """Whether ``open`` gives an engine anywhere; False where only the engine's own tools run what is built."""
 

@@ -105,6 +105,7 @@ class ExecutorchBackend(Backend):
 
     flow = "executorch"
     takes = Takes("executorch", tuple(_BITS), any_trait=True, varying=ANY_BLOCKS)
+    own_threads: ClassVar = False
     settings: ClassVar = {
         "prefill": Setting(
             "128", "ids computed at once at most, for which memory is planned; longer prompts go in pieces"

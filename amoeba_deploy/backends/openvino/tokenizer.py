@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -51,5 +52,21 @@ def convert_tokenizer(model: ModelFolder, output: Path) -> str | None:
 
     for part, name in zip(pair, ("tokenizer", "detokenizer"), strict=True):
         name_all(part)
-        load("openvino").save_model(part, str(output / f"openvino_{name}.xml"), compress_to_fp16=False)
+        file = output / f"openvino_{name}.xml"
+        load("openvino").save_model(part, str(file), compress_to_fp16=False)
+        file.write_text(renumbered(file.read_text(encoding="utf-8")), encoding="utf-8")
     return None
+
+
+_NAMES = re.compile(r'\b((?:output_)?names?=")([^"]*)"')
+_COUNTED = re.compile(r"\b([A-Za-z]+)_(\d+)\b")
+
+
+def renumbered(xml: str) -> str:
+    """A saved model whose nodes and tensors are counted from 0: OpenVINO counts through all models of a process."""
+    numbers: dict[str, str] = {}
+
+    def name(found: re.Match[str]) -> str:
+        return numbers.setdefault(found[0], f"{found[1]}_{len(numbers)}")
+
+    return _NAMES.sub(lambda found: f'{found[1]}{_COUNTED.sub(name, found[2])}"', xml)

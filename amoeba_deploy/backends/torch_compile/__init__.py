@@ -162,6 +162,7 @@ class TorchCompileBackend(DenseFolderBackend):
 
     flow = "torch-compile"
     takes = Takes("torch-compile", tuple(DTYPES), any_trait=True, varying=ANY_BLOCKS)
+    own_threads: ClassVar = False
     settings: ClassVar = {"device": DEVICE}
 
     def cannot_run(self, precision: str, options: BuildOptions) -> str | None:
