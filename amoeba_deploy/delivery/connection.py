@@ -72,6 +72,7 @@ class Connection:
         logging.getLogger("oras.logger").setLevel(logging.CRITICAL)
         self.reference = reference
         self.sleep = sleep
+        self._plain_anywhere = plain_http
         self._plain = plain_http or is_loopback(reference.host)
         self._scheme = "http" if self._plain else "https"
         self._oras = oras.provider.Registry(hostname=reference.address, insecure=self._plain)
@@ -208,7 +209,8 @@ class Connection:
     def check_address(self, url: str) -> None:
         """Raise BadInput where the registry sends elsewhere without TLS, or to what is no address."""
         parts = urlsplit(url)
-        plain = parts.scheme == "http" and (self._plain or is_loopback(parts.netloc))
+        # A registry that is this machine may send to this machine.
+        plain = parts.scheme == "http" and (self._plain_anywhere or (self._plain and is_loopback(parts.netloc)))
         if not parts.hostname or (parts.scheme != "https" and not plain):
             raise BadInput(
                 f"{self.reference}: the registry sends on to {url[:100]!r}, which is not https; ask who runs it, or "

@@ -40,17 +40,17 @@ class Reference:
         looks_like_host = "." in host or ":" in host or host == "localhost"
         if not slash or not looks_like_host or not _HOST.fullmatch(host):
             raise BadInput(
-                f"'{text}' names no registry; write its host, a name and a tag, such as "
+                f"{text!r} names no registry; write its host, a name and a tag, such as "
                 f"registry.example:5000/team/model:1"
             )
         if not NAME.fullmatch(name) or len(name) > MAX_NAME:
             raise BadInput(
-                f"'{text}': '{name}' cannot be a repository's name; write small letters, digits, '.', '_', '-' and '/'"
+                f"{text!r}: {name!r} cannot be a repository's name; write small letters, digits, '.', '_', '-' and '/'"
             )
         if colon and not _TAG.fullmatch(tag):
-            raise BadInput(f"'{text}': '{tag}' cannot be a tag; write letters, digits, '.', '_' and '-'")
+            raise BadInput(f"{text!r}: {tag!r} cannot be a tag; write letters, digits, '.', '_' and '-'")
         if at and not is_digest(digest):
-            raise BadInput(f"'{text}': '{digest}' is no digest; write sha256: and 64 hex digits in small letters")
+            raise BadInput(f"{text!r}: {digest!r} is no digest; write sha256: and 64 hex digits in small letters")
         return cls(host, name, tag or None, digest or None)
 
     def __str__(self) -> str:

@@ -54,7 +54,7 @@ class Pushed:
 @dataclass(frozen=True)
 class Pulled:
     """What a pull did; ``unchanged`` where the output was that bundle already. ``bytes_kept`` were here before: from
-    a pull that broke, or in files that were given to take from."""
+    a pull that broke, or in files to take from. Files that are equal are fetched once."""
 
     reference: str
     digest: str
@@ -238,10 +238,10 @@ def pull(
     target, output = _parsed(reference), output.absolute()
     connection = Connection(target, plain_http=plain_http, sleep=sleep)
     digest, layers = resolve(connection)
-    size = sum(layer.blob.size for layer in layers)
+    size, distinct = sum(layer.blob.size for layer in layers), sum(blob.size for blob in {x.blob for x in layers})
     progress.say(f"{target}: is {digest}, {len(layers)} files, {size / 1e6:.1f} MB")
     if _holds(output, layers):
-        return Pulled(str(target), digest, output, len(layers), size, 0, size, True)
+        return Pulled(str(target), digest, output, len(layers), size, 0, distinct, True)
     check_target(output, force)
     try:
         with staging_folder(staging or output.with_name(f".{output.name}.pull")) as folder:
@@ -256,7 +256,7 @@ def pull(
     except OSError as error:
         raise BadInput(f"{output}: was not written: {system_refusal(error)}") from error
     known_blobs.remember(target.host, target.name, (layer.blob for layer in layers))
-    return Pulled(str(target), digest, output, len(layers), size, fetched, size - fetched, False)
+    return Pulled(str(target), digest, output, len(layers), size, fetched, max(0, distinct - fetched), False)
 
 
 def resolve(connection: Connection) -> tuple[str, tuple[Layer, ...]]:
