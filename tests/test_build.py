@@ -303,6 +303,7 @@ def test_a_local_target_is_measured_and_does_nothing_the_second_time(project: Pr
         ('[defaults]\noutput = "x"', "'output' is of one target"),
         ('[targets."a/b"]\ndevice = "orin-nx"', "is not a name of letters, digits"),
         ("[targets", "is not valid TOML"),
+        ('[targets.a.5]\ndevice = "orin-nx"', 'a name with a dot needs quotes: [targets."a.5"]'),
         (TWO.replace("[targets.first]\n", '[targets.first]\nneeds = ["secnd"]\n'), "did you mean 'second'?"),
         (
             TWO.replace(SMALL, SMALL + 'output = "dist/second/x"\n', 1),

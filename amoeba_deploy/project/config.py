@@ -230,6 +230,8 @@ def _sentence(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     path = [str(part) for part in first["loc"]]
     where = ".".join(path)
+    if first["type"] == "extra_forbidden" and len(path) == 3 and isinstance(first["input"], dict):
+        return f"'{where}' is no target; a name with a dot needs quotes: [targets.\"{path[1]}.{path[2]}\"]"
     if first["type"] == "extra_forbidden":
         known = _keys(path[:-1])
         close = difflib.get_close_matches(path[-1].replace("_", "-"), known, 1)
