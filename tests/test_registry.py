@@ -182,9 +182,7 @@ def test_what_another_repository_of_the_registry_has_is_mounted(
     assert contents(tmp_path / "out") == contents(bundle)
 
 
-def test_a_mount_from_what_is_gone_is_a_plain_upload(
-    registry: Registry, bundle: Path, tmp_path: Path, own_cache: None
-) -> None:
+def test_a_mount_from_what_is_gone_is_a_plain_upload(registry: Registry, bundle: Path, tmp_path: Path) -> None:
     push(bundle, registry.reference("team/away:1"), progress=QUIET)
     for file in (tmp_path / "cache" / "registries").rglob("*"):
         if file.is_file():

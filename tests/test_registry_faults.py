@@ -38,7 +38,7 @@ from amoeba_deploy.delivery.connection import MAX_REDIRECTS, TRIES
 from amoeba_deploy.delivery.registry import Pulled, pull, push
 from amoeba_deploy.errors import BadInput, VerificationFailed
 
-pytestmark = needs_registry
+pytestmark = [needs_registry, pytest.mark.usefixtures("bundle")]
 SIZE = 3_000_000
 WEIGHTS_DIGEST = digest_of(noise(SIZE))
 BLOB = f"blobs/{WEIGHTS_DIGEST}"
@@ -152,9 +152,7 @@ def test_files_that_are_complete_are_kept_for_the_next_pull(registry: Registry, 
     assert done.bytes_fetched == proxy.sent("/blobs/") == SIZE + others - kept
 
 
-def test_as_long_as_more_comes_connections_may_drop_any_number_of_times(
-    registry: Registry, bundle: Path, out: Path
-) -> None:
+def test_as_long_as_more_comes_connections_may_drop_any_number_of_times(registry: Registry, out: Path) -> None:
     big = small_bundle(out.parent / "big", 12_000_000, seed=7)
     push(big, registry.reference("team/big:1"), progress=QUIET)
     part = f"blobs/{digest_of(noise(12_000_000, 7))}"
@@ -182,7 +180,8 @@ def test_a_pull_that_is_killed_is_gone_on_with(registry: Registry, bundle: Path,
 
     program = (
         "import sys; from pathlib import Path; from amoeba_deploy.progress import Progress; "
-        "from amoeba_deploy.delivery.registry import pull; pull(sys.argv[1], Path(sys.argv[2]), progress=Progress(True))"
+        "from amoeba_deploy.delivery.registry import pull; "
+        "pull(sys.argv[1], Path(sys.argv[2]), progress=Progress(True))"
     )
     with Proxy(registry.port, on_blob(slowly)) as proxy:
         process = subprocess.Popen([sys.executable, "-c", program, proxy.reference("team/model:1"), str(out)])
@@ -267,7 +266,7 @@ def test_a_busy_registry_is_asked_again_when_it_says(registry: Registry, bundle:
 
 
 @pytest.mark.parametrize("status", [0, 429, 500, 502, 503])
-def test_a_registry_that_stays_busy_is_given_up(registry: Registry, bundle: Path, out: Path, status: int) -> None:
+def test_a_registry_that_stays_busy_is_given_up(registry: Registry, out: Path, status: int) -> None:
     with Proxy(registry.port, lambda *_: Answer(status)) as proxy:
         said = sentence(amoeba("bundle", "pull", proxy.reference("team/model:1"), "-o", out, "--quiet"), 2)
     assert f"{TRIES} times; try again later" in said
@@ -329,34 +328,32 @@ def test_a_wrong_digest_is_refused_and_what_came_is_removed(registry: Registry, 
 def test_a_wrong_digest_after_a_resumed_transfer_is_fetched_whole_once_more(
     registry: Registry, bundle: Path, out: Path
 ) -> None:
-    def spoiled(seen: Seen, proxy: Proxy, times: int) -> Answer | None:
+    def spoiled(_: Seen, __: Proxy, times: int) -> Answer | None:
         return Answer(200, {}, bytes(SIZE), cut=700_000) if times == 0 else None
 
     with Proxy(registry.port, on_blob(spoiled)) as proxy:
         fetch(proxy, out)
     assert contents(out) == contents(bundle)
-    with Proxy(registry.port, on_blob(lambda *_: Answer(200, {}, bytes(SIZE), cut=700_000))) as proxy:
-        with contextlib.suppress(BadInput):
-            fetch(proxy, out.with_name("two"))
+    broken = on_blob(lambda *_: Answer(200, {}, bytes(SIZE), cut=700_000))
+    with Proxy(registry.port, broken) as proxy, contextlib.suppress(BadInput):
+        fetch(proxy, out.with_name("two"))
     always = on_blob(lambda *_: Answer(200, {}, bytes(SIZE)))
     with Proxy(registry.port, always) as proxy, pytest.raises(VerificationFailed, match="have another digest"):
         fetch(proxy, out.with_name("two"))
 
 
-def test_a_truncated_file_is_refused(registry: Registry, bundle: Path, out: Path) -> None:
+def test_a_truncated_file_is_refused(registry: Registry, out: Path) -> None:
     with Proxy(registry.port, on_blob(lambda *_: Answer(200, {}, noise(SIZE)[:-1]))) as proxy:
         assert f"{SIZE - 1} bytes in the registry where {SIZE} are listed" in refused_as_wrong(proxy, out)
         assert proxy.count(BLOB) == 1
 
 
-def test_a_file_that_says_it_is_longer_is_refused_before_it_is_read(
-    registry: Registry, bundle: Path, out: Path
-) -> None:
+def test_a_file_that_says_it_is_longer_is_refused_before_it_is_read(registry: Registry, out: Path) -> None:
     with Proxy(registry.port, on_blob(lambda *_: Answer(200, {}, noise(SIZE) + b"!"))) as proxy:
         assert f"{SIZE + 1} bytes in the registry where {SIZE} are listed" in refused_as_wrong(proxy, out)
 
 
-def test_a_file_that_never_ends_is_left_where_it_should_end(registry: Registry, bundle: Path, out: Path) -> None:
+def test_a_file_that_never_ends_is_left_where_it_should_end(registry: Registry, out: Path) -> None:
     def endless() -> Iterator[bytes]:
         yield noise(SIZE)
         while True:
@@ -368,9 +365,7 @@ def test_a_file_that_never_ends_is_left_where_it_should_end(registry: Registry, 
 
 
 @pytest.mark.parametrize("by", ["tag", "digest"])
-def test_a_manifest_that_was_changed_on_the_way_is_refused(
-    registry: Registry, bundle: Path, out: Path, by: str
-) -> None:
+def test_a_manifest_that_was_changed_on_the_way_is_refused(registry: Registry, out: Path, by: str) -> None:
     def change(seen: Seen, proxy: Proxy) -> Answer | None:
         if "manifests" not in seen.path:
             return None
@@ -388,7 +383,7 @@ def test_a_manifest_that_was_changed_on_the_way_is_refused(
     nothing_is_left(out)
 
 
-def test_a_manifest_of_a_hundred_megabytes_is_not_read(registry: Registry, bundle: Path, out: Path) -> None:
+def test_a_manifest_of_a_hundred_megabytes_is_not_read(registry: Registry, out: Path) -> None:
     def huge(seen: Seen, _: Proxy) -> Answer | None:
         parts = (b" " * (1 << 16) for _ in range(1600))
         return Answer(200, {"Content-Type": "application/json"}, parts) if "manifests" in seen.path else None
@@ -402,7 +397,7 @@ def test_a_manifest_of_a_hundred_megabytes_is_not_read(registry: Registry, bundl
 
 
 @pytest.mark.parametrize("body", [b"", b"<html>", b"[]", b"{}", b'{"schemaVersion": 1}', b"[" * 100_000])
-def test_an_answer_that_is_no_manifest_is_refused(registry: Registry, bundle: Path, out: Path, body: bytes) -> None:
+def test_an_answer_that_is_no_manifest_is_refused(registry: Registry, out: Path, body: bytes) -> None:
     with Proxy(registry.port, lambda *_: Answer(200, {"Content-Type": "text/html"}, body)) as proxy:
         said = sentence(amoeba("bundle", "pull", proxy.reference("team/model:1"), "-o", out, "--quiet"), 2)
     assert "check the address" in said
@@ -418,7 +413,7 @@ def test_a_bundles_manifest_of_more_than_32_megabytes_is_not_read(tmp_path: Path
 # Redirects
 
 
-def test_redirects_without_end_are_not_followed_for_ever(registry: Registry, bundle: Path, out: Path) -> None:
+def test_redirects_without_end_are_not_followed_for_ever(registry: Registry, out: Path) -> None:
     with Proxy(registry.port, on_blob(lambda seen, *_: Answer(307, {"Location": seen.path}))) as proxy:
         said = sentence(amoeba("bundle", "pull", proxy.reference("team/model:1"), "-o", out, "--quiet"), 2)
     assert f"redirects more than {MAX_REDIRECTS} times" in said
@@ -444,7 +439,7 @@ def test_a_redirect_to_another_host_is_followed_from_the_middle_too(
 
 
 @pytest.mark.parametrize("target", ["http://192.0.2.1/x", "ftp://127.0.0.1/x", "file:///etc/passwd"])
-def test_a_redirect_to_what_is_not_safe_is_refused(registry: Registry, bundle: Path, out: Path, target: str) -> None:
+def test_a_redirect_to_what_is_not_safe_is_refused(registry: Registry, out: Path, target: str) -> None:
     # The registry is spoken to with plain HTTP because it is this machine; that does not hold for another one.
     with Proxy(registry.port, on_blob(lambda *_: Answer(302, {"Location": target}))) as proxy:
         said = sentence(amoeba("bundle", "pull", proxy.reference("team/model:1"), "-o", out, "--quiet"), 2)
@@ -469,7 +464,7 @@ def test_an_upload_is_not_sent_to_another_host_without_tls(registry: Registry, t
 @pytest.mark.parametrize(
     ("status", "said"), [(403, "denies access"), (404, "is not in the registry"), (405, "answers 405"), (418, "418")]
 )
-def test_a_refusal_is_one_sentence(registry: Registry, bundle: Path, out: Path, status: int, said: str) -> None:
+def test_a_refusal_is_one_sentence(registry: Registry, out: Path, status: int, said: str) -> None:
     body = b'{"errors": [{"code": "X", "message": "what the\\nregistry says"}]}'
     with Proxy(registry.port, lambda *_: Answer(status, {"Content-Type": "application/json"}, body)) as proxy:
         found = sentence(amoeba("bundle", "pull", proxy.reference("team/model:1"), "-o", out, "--quiet"), 2)
@@ -478,7 +473,7 @@ def test_a_refusal_is_one_sentence(registry: Registry, bundle: Path, out: Path, 
     assert "(what the registry says)" in found
 
 
-def test_a_name_or_a_tag_that_is_not_there_is_said(registry: Registry, bundle: Path, out: Path) -> None:
+def test_a_name_or_a_tag_that_is_not_there_is_said(registry: Registry, out: Path) -> None:
     for name in ("team/model:2", "team/unknown:1", f"team/model@sha256:{'0' * 64}"):
         said = sentence(amoeba("bundle", "pull", registry.reference(name), "-o", out, "--quiet"), 2)
         assert f"{name}: is not in the registry" in said
@@ -508,7 +503,7 @@ def test_a_registry_without_tls_is_not_spoken_to_as_if_it_had_it(
 
 
 def test_a_full_disk_is_said_before_anything_is_fetched(
-    registry: Registry, bundle: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+    registry: Registry, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: _Usage(2_000_000))
     with Proxy(registry.port) as proxy:
@@ -525,7 +520,7 @@ class _Usage:
         self.free = free
 
 
-def test_two_pulls_into_one_place_are_not_done_at_once(registry: Registry, bundle: Path, out: Path) -> None:
+def test_two_pulls_into_one_place_are_not_done_at_once(registry: Registry, out: Path) -> None:
     staging = out.parent / ".out.pull"
     staging.mkdir(parents=True)
     descriptor = os.open(staging, os.O_RDONLY)
@@ -539,7 +534,7 @@ def test_two_pulls_into_one_place_are_not_done_at_once(registry: Registry, bundl
 
 
 def test_without_oras_it_is_said_how_to_get_it(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     said = sentence(amoeba("bundle", "pull", "localhost:1/a:1", "-o", out, "--quiet"), 6)
     assert "pip install 'amoeba-deploy[deliver]'" in said
 

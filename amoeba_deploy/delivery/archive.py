@@ -18,7 +18,7 @@ from typing import IO, Any, Final
 
 from amoeba_deploy.bundle import UNLISTED, verify_files
 from amoeba_deploy.delivery.artifact import MAX_SIZE
-from amoeba_deploy.delivery.paths import MAX_FILES, check_path, check_paths
+from amoeba_deploy.delivery.paths import TakenPaths, check_paths
 from amoeba_deploy.errors import AmoebaError, BadInput, ToolchainMissing
 from amoeba_deploy.files import check_new_file, check_target, system_refusal, whole_file, whole_folder
 
@@ -145,9 +145,9 @@ def _extract(file: Path, work: Path) -> None:
     _check_frame(file)
     try:
         with _decompressed(file) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:  # type: ignore[call-overload]
-            names: list[str] = []
+            taken = TakenPaths(str(file))
             for entry in archive:
-                _check_entry(entry, names, file)
+                _check_entry(entry, taken, file)
                 if entry.isdir():
                     (work / entry.name).mkdir(parents=True, exist_ok=True)
                 else:
@@ -158,20 +158,13 @@ def _extract(file: Path, work: Path) -> None:
         raise BadInput(f"{file}: is damaged or no archive of a bundle ({said}); get it again") from None
 
 
-def _check_entry(entry: tarfile.TarInfo, names: list[str], file: Path) -> None:
-    """Raise BadInput where an entry is not a file or folder that an archive of a bundle holds; notes its name."""
+def _check_entry(entry: tarfile.TarInfo, taken: TakenPaths, file: Path) -> None:
+    """Raise BadInput where an entry is not a file or folder that an archive of a bundle holds."""
     if entry.type not in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE) or entry.sparse:
         raise BadInput(f"{file}: its entry {entry.name[:100]!r} is no plain file; it is not to be trusted")
-    if len(names) >= MAX_FILES:
-        raise BadInput(f"{file}: has more than {MAX_FILES} entries; it is no bundle")
-    if entry.isdir():
-        check_path(entry.name, str(file))
-        names.append(entry.name)
-        return
-    names.append(entry.name)
     if not 0 <= entry.size <= MAX_SIZE:
         raise BadInput(f"{file}: its entry {entry.name[:100]!r} has an impossible size; it is not to be trusted")
-    check_path(entry.name, str(file))
+    taken.add_folder(entry.name) if entry.isdir() else taken.add_file(entry.name)
 
 
 def _write(archive: tarfile.TarFile, entry: tarfile.TarInfo, work: Path, file: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterable
-from itertools import islice
 
 from amoeba_deploy.errors import BadInput
 
@@ -16,27 +15,61 @@ MAX_PATH, MAX_NAME = 1024, 255
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f]")
 
 
-def check_paths(paths: Iterable[str], where: str) -> None:
-    """Check all paths that something names; ``where`` is what it is called in messages.
+class TakenPaths:
+    """Paths as they are met, each checked against all before it; ``where`` is what names them, for messages."""
 
-    Raises:
-        BadInput: a path leaves its folder, cannot be a file's, is one that another is or lies in, or they are too many.
-    """
-    seen: dict[str, str] = {}
-    for path in islice(paths, MAX_FILES + 1):
-        check_path(path, where)
-        if len(seen) == MAX_FILES:
-            raise BadInput(f"{where}: names more than {MAX_FILES} files; it is no bundle")
+    def __init__(self, where: str) -> None:
+        self.where = where
+        self._files: dict[str, str] = {}
+        self._folders: set[str] = set()
+        self._count = 0
+
+    def add_file(self, path: str) -> None:
+        """Take a path for a file.
+
+        Raises:
+            BadInput: it leaves its folder, cannot be a file's, is one that another is or lies in, or they are too many.
+        """
+        key = self._add(path)
         # What differs by case or by composition alone is one file on some disks.
+        if key in self._files:
+            raise BadInput(
+                f"{self.where}: names {path!r} and {self._files[key]!r}, which are one file; get the bundle again"
+            )
+        if key in self._folders:
+            raise BadInput(f"{self.where}: names {path!r}, which is a file and a folder; get the bundle again")
+        self._files[key] = path
+
+    def add_folder(self, path: str) -> None:
+        """Take a path for a folder, which may be met again; raises what ``add_file`` raises."""
+        key = self._add(path)
+        if key in self._files:
+            raise BadInput(f"{self.where}: names {path!r}, which is a file and a folder; get the bundle again")
+        self._folders.add(key)
+
+    def _add(self, path: str) -> str:
+        """Check a path by itself and for files that it lies in; what is equal for paths that are one."""
+        self._count += 1
+        if self._count > MAX_FILES:
+            raise BadInput(f"{self.where}: names more than {MAX_FILES} files; it is no bundle")
+        check_path(path, self.where)
         key = folded(path)
-        if key in seen:
-            raise BadInput(f"{where}: names {path!r} and {seen[key]!r}, which are one file; get the bundle again")
-        seen[key] = path
-    for key, path in seen.items():
         parts = key.split("/")
-        above = next((name for end in range(1, len(parts)) if (name := "/".join(parts[:end])) in seen), None)
-        if above is not None:
-            raise BadInput(f"{where}: names {path!r} in {seen[above]!r}, which is a file; get the bundle again")
+        above = ["/".join(parts[:end]) for end in range(1, len(parts))]
+        within = next((name for name in above if name in self._files), None)
+        if within is not None:
+            raise BadInput(
+                f"{self.where}: names {path!r} in {self._files[within]!r}, which is a file; get the bundle again"
+            )
+        self._folders.update(above)
+        return key
+
+
+def check_paths(paths: Iterable[str], where: str) -> None:
+    """Check all paths of files that something names; raises what ``TakenPaths.add_file`` raises."""
+    taken = TakenPaths(where)
+    for path in paths:
+        taken.add_file(path)
 
 
 def folded(path: str) -> str:
