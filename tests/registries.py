@@ -96,12 +96,13 @@ class Registry:
 
 
 @contextmanager
-def running_registry(root: Path, auth: str = "") -> Iterator[Registry]:
-    """A registry that keeps all in a folder; ``auth`` is a part of its configuration."""
+def running_registry(root: Path, auth: str = "", tls: str = "{}") -> Iterator[Registry]:
+    """A registry that keeps all in a folder; ``auth`` and ``tls`` are parts of its configuration."""
     port = free_port()
     root.mkdir(parents=True, exist_ok=True)
     (root / "config.yml").write_text(
-        f"version: 0.1\nlog: {{level: error, accesslog: {{disabled: true}}}}\nhttp: {{addr: '127.0.0.1:{port}'}}\n"
+        f"version: 0.1\nlog: {{level: error, accesslog: {{disabled: true}}}}\n"
+        f"http: {{addr: '127.0.0.1:{port}', tls: {tls}}}\n"
         f"storage: {{filesystem: {{rootdirectory: {root / 'data'}}}}}\n{auth}"
     )
     with (root / "log").open("wb") as log:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -167,7 +168,10 @@ def test_as_long_as_more_comes_connections_may_drop_any_number_of_times(registry
     assert contents(out) == contents(big)
 
 
-def test_a_pull_that_is_killed_is_gone_on_with(registry: Registry, bundle: Path, out: Path) -> None:
+@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGINT])
+def test_a_pull_that_is_killed_or_interrupted_is_gone_on_with(
+    registry: Registry, bundle: Path, out: Path, by: signal.Signals
+) -> None:
     def slowly(seen: Seen, proxy: Proxy, _: int) -> Answer:
         found = proxy.ask(seen)
         body = bytes(found.body)  # type: ignore[arg-type]
@@ -189,7 +193,7 @@ def test_a_pull_that_is_killed_is_gone_on_with(registry: Registry, bundle: Path,
         while not part.exists() or part.stat().st_size < 1_000_000:
             assert process.poll() is None
             time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
+        process.send_signal(by)
         process.wait()
     kept = part.stat().st_size
     nothing_is_left(out, ".out.pull")
@@ -493,10 +497,50 @@ def test_an_unknown_host_is_said_at_once(out: Path) -> None:
 def test_a_registry_without_tls_is_not_spoken_to_as_if_it_had_it(
     registry: Registry, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("amoeba_deploy.delivery.connection.is_loopback", lambda _: False)
+    elsewhere(monkeypatch)
     said = sentence(amoeba("bundle", "pull", registry.reference("team/model:1"), "-o", out, "--quiet"), 2)
     assert "speaks no TLS" in said
     assert "--plain-http" in said
+
+
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let this machine pass for another one."""
+    monkeypatch.setattr("amoeba_deploy.delivery.connection.is_loopback", lambda _: False)
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl is here")
+def test_a_registry_with_tls_is_trusted_by_its_authority(
+    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
+    request = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 1 -subj /CN=tests"
+    names = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(["openssl", *request.split(), *names], check=True, capture_output=True)
+    elsewhere(monkeypatch)
+    made = small_bundle(tmp_path / "made", seed=8)
+    with running_registry(tmp_path / "tls", tls=f"{{certificate: {certificate}, key: {key}}}") as secure:
+        said = sentence(amoeba("bundle", "push", made, secure.reference("team/tls:1"), "--quiet"), 2)
+        assert "has no certificate that is trusted here" in said
+        assert "set REQUESTS_CA_BUNDLE" in said
+        monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate))
+        push(made, secure.reference("team/tls:1"), progress=QUIET)
+        pull(secure.reference("team/tls:1"), out, progress=QUIET)
+    assert contents(out) == contents(made)
+
+
+def test_a_proxy_is_used_for_other_machines_alone(
+    registry: Registry, bundle: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Proxy(registry.port) as proxy:
+        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy.port}")
+        monkeypatch.delenv("no_proxy", raising=False)
+        monkeypatch.delenv("NO_PROXY", raising=False)
+        pull(registry.reference("team/model:1"), out, progress=QUIET)
+        assert not proxy.seen
+        elsewhere(monkeypatch)
+        pull(registry.reference("team/model:1"), out.with_name("two"), progress=QUIET, plain_http=True)
+        assert proxy.sent(BLOB) == SIZE
+    assert contents(out) == contents(out.with_name("two")) == contents(bundle)
 
 
 # This machine

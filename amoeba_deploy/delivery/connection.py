@@ -10,7 +10,8 @@ import base64
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urljoin, urlsplit
 
@@ -85,6 +86,23 @@ class Connection:
         self._lock = threading.Lock()
         self._authorization: str | None = None
         self._reached = False
+        self._open: set[requests.Response] = set()
+
+    @contextmanager
+    def streaming(self, response: requests.Response) -> Iterator[requests.Response]:
+        """An answer whose body is read piece by piece; closed at the end, or by ``abort``."""
+        self._open.add(response)
+        try:
+            with response:
+                yield response
+        finally:
+            self._open.discard(response)
+
+    def abort(self) -> None:
+        """End all answers that are being read, so that no thread goes on waiting for one."""
+        for response in list(self._open):
+            with suppress(Exception):  # one that ended meanwhile
+                response.raw.shutdown()
 
     def url(self, tail: str) -> str:
         """The address of something in the repository, such as ``blobs/sha256:...``."""
@@ -231,7 +249,11 @@ class Connection:
         own = {"Accept-Encoding": "identity", **headers}
         data = body() if callable(body) else body
         try:
-            response = self.session.request(method, url, headers=own, data=data, stream=stream, allow_redirects=False)
+            # What is on this machine is not behind a proxy.
+            direct = {"no_proxy": urlsplit(url).hostname or ""} if is_loopback(urlsplit(url).netloc) else None
+            response = self.session.request(
+                method, url, headers=own, data=data, stream=stream, allow_redirects=False, proxies=direct
+            )
         except (requests.RequestException, TooLong) as error:
             raise self.failure(error, url) from None
         finally:

@@ -150,6 +150,8 @@ class Download:
             try:
                 self._fetch(file)
             except Dropped as dropped:
+                if self.stop.is_set():
+                    raise Stopped from None
                 file.flush()
                 resumed = resumed or self._have
                 if self._have >= furthest + PROGRESS:
@@ -173,7 +175,7 @@ class Download:
         headers = {"Range": f"bytes={self._have}-"} if self._have else {}
         url = self.connection.url(f"blobs/{self.blob.digest}")
         response = self.connection.send_once("GET", url, headers=headers, stream=True)
-        with response:
+        with self.connection.streaming(response):
             if response.status_code == 416 and self._have:
                 self._begin_again(file)
                 raise Dropped("the registry does not send the rest of a file")

@@ -6,6 +6,7 @@ tokenizer of two shapes of one checkpoint, is sent with the first alone. A pull 
 
 from __future__ import annotations
 
+import io
 import shutil
 import threading
 import time
@@ -22,7 +23,7 @@ from amoeba_deploy.bundle import verify_files
 from amoeba_deploy.delivery import known_blobs, media_types
 from amoeba_deploy.delivery.artifact import Blob, Layer, artifact_of, digest_of, read_document, read_layers
 from amoeba_deploy.delivery.connection import Body, Connection
-from amoeba_deploy.delivery.download import Download, OnBytes, Stopped, copy_checked, keep_only, staging_folder
+from amoeba_deploy.delivery.download import Download, OnBytes, copy_checked, keep_only, staging_folder
 from amoeba_deploy.delivery.reference import DEFAULT_TAG, Reference, is_digest
 from amoeba_deploy.errors import AmoebaError, BadInput, VerificationFailed
 from amoeba_deploy.files import check_target, sha256_of, system_refusal, whole_folder
@@ -94,9 +95,10 @@ def push(
     if target.digest not in (None, artifact.digest):
         raise BadInput(f"{target}: the bundle {folder} has the digest {artifact.digest}; push it with a tag instead")
     bodies: dict[Blob, Body] = {Blob.of(artifact.config): artifact.config}
-    for layer in artifact.layers:
-        bodies.setdefault(layer.blob, _opener(folder / layer.path) if layer.blob.size else b"")
-    ways = _send_all(connection, bodies, progress)
+    with _bytes_bar(progress, "pushing", sum(layer.blob.size for layer in artifact.layers)) as on_bytes:
+        for layer in artifact.layers:
+            bodies.setdefault(layer.blob, _opener(folder / layer.path, on_bytes) if layer.blob.size else b"")
+        ways = _send_all(connection, bodies, on_bytes)
     _put_manifest(connection, artifact.manifest, artifact.digest)
     known_blobs.remember(target.host, target.name, bodies)
     return _pushed(target, artifact.digest, artifact.layers, ways)
@@ -106,8 +108,21 @@ def _parsed(reference: Reference | str) -> Reference:
     return Reference.parse(reference) if isinstance(reference, str) else reference
 
 
-def _opener(file: Path) -> Callable[[], Any]:
-    return lambda: file.open("rb", buffering=0)
+class _Counted(io.FileIO):
+    """A file that says how much of it is read."""
+
+    def __init__(self, file: Path, on_bytes: OnBytes) -> None:
+        super().__init__(file)
+        self._on_bytes = on_bytes
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        data = super().read(-1 if size is None else size)
+        self._on_bytes(len(data or b""))
+        return data or b""
+
+
+def _opener(file: Path, on_bytes: OnBytes) -> Callable[[], Any]:
+    return lambda: _Counted(file, on_bytes)
 
 
 def _pushed(target: Reference, digest: str, layers: Sequence[Layer], ways: Mapping[Blob, Way]) -> Pushed:
@@ -132,34 +147,34 @@ def _pushed(target: Reference, digest: str, layers: Sequence[Layer], ways: Mappi
     )
 
 
-def _send_all(connection: Connection, bodies: Mapping[Blob, Body], progress: Progress) -> dict[Blob, Way]:
+def _send_all(connection: Connection, bodies: Mapping[Blob, Body], on_bytes: OnBytes) -> dict[Blob, Way]:
     """Bring all blobs into the repository; how each got there."""
     ways: dict[Blob, Way] = {}
 
     def one(blob: Blob) -> None:
         ways[blob] = _bring(connection, blob, bodies[blob])
+        if ways[blob] != "sent":
+            on_bytes(blob.size)
 
-    with progress.bar("pushing", len(bodies)) as advance:
-        _each(one, list(bodies), lambda _: advance())
+    _each(one, list(bodies))
     return ways
 
 
-def _each(work: Callable[[Blob], None], blobs: Sequence[Blob], done: Callable[[Blob], None], stop: Any = None) -> None:
-    """Do some work for every blob, several at once and the largest first; the first failure ends it."""
-    stop = stop or threading.Event()
+def _each(work: Callable[[Blob], None], blobs: Sequence[Blob], stop: Callable[[], None] = lambda: None) -> None:
+    """Do some work for every blob, several at once and the largest first; the first failure ends it.
+
+    ``stop`` is to end the others' work, when one failed or the user interrupts.
+    """
     pool = ThreadPoolExecutor(AT_ONCE)
     try:
-        running = {pool.submit(work, blob): blob for blob in sorted(blobs, key=lambda blob: -blob.size)}
-        waiting = set(running)
-        while waiting:
-            finished, waiting = wait(waiting, return_when=FIRST_EXCEPTION)
-            failed = [error for future in finished if (error := future.exception())]
-            for error in sorted(failed, key=lambda error: isinstance(error, Stopped)):
-                raise error
-            for future in finished:
-                done(running[future])
+        running = [pool.submit(work, blob) for blob in sorted(blobs, key=lambda blob: -blob.size)]
+        finished, _ = wait(running, return_when=FIRST_EXCEPTION)
+        for future in finished:
+            future.result()
+    except BaseException:
+        stop()
+        raise
     finally:
-        stop.set()
         pool.shutdown(cancel_futures=True)
 
 
@@ -255,7 +270,6 @@ def pull(
                     raise type(error)(str(error).replace(str(work), str(target))) from None
     except OSError as error:
         raise BadInput(f"{output}: was not written: {system_refusal(error)}") from error
-    known_blobs.remember(target.host, target.name, (layer.blob for layer in layers))
     return Pulled(str(target), digest, output, len(layers), size, fetched, max(0, distinct - fetched), False)
 
 
@@ -335,7 +349,11 @@ def _fetch_all(
         def one(blob: Blob) -> None:
             fetched.append(Download(connection, blob, folder, on_bytes, stop).run())
 
-        _each(one, rest, lambda _: None, stop)
+        def end() -> None:
+            stop.set()
+            connection.abort()
+
+        _each(one, rest, end)
     return sum(fetched)
 
 
