@@ -1,8 +1,8 @@
 """Push to and pull from a registry against copying and hashing the same files: ``python -m benchmarks.transfer``.
 
-A bundle of random bytes, 200 MB unless told otherwise, as one file or as several; a fresh docker-registry on the loopback
-interface for every run. The floor is what any transfer does at least: ``cp`` of the files, and their sha256, in one
-thread each. Runs are interleaved, medians are shown, and what a push or pull itself cannot make faster is shown beside
+A bundle of random bytes, 200 MB unless told otherwise, as one file or as several; a fresh docker-registry on the
+loopback interface for every run. The floor is what any transfer does at least: ``cp`` of the files, and their sha256,
+in one thread. Runs are interleaved, medians are shown, and what a push or pull itself cannot make faster is shown beside
 them: the registry's own time to take the same bytes from ``curl``, and to give them.
 """
 
@@ -79,6 +79,21 @@ def timed(times: dict[str, list[float]], name: str, work: Callable[[], object]) 
     times.setdefault(name, []).append(time.perf_counter() - began)
 
 
+def one_run(bundle: Path, place: Path, registry: Registry, times: dict[str, list[float]]) -> None:
+    """Everything once, in a folder and a registry of its own."""
+    reference = registry.reference("team/random:1")
+    timed(times, "cp and sha256", lambda: copy_and_hash(bundle, place / "copy"))
+    timed(times, "push", lambda: push(bundle, reference, progress=QUIET))
+    timed(times, "push again", lambda: push(bundle, reference, progress=QUIET))
+    timed(times, "pull", lambda: pull(reference, place / "out", progress=QUIET))
+    timed(times, "pull again", lambda: pull(reference, place / "out", progress=QUIET))
+    shutil.rmtree(place / "registry" / "data")
+    timed(times, "curl up", lambda: curl_up(bundle, registry))
+    timed(times, "curl down", lambda: curl_down(bundle, registry, place / "curled"))
+    timed(times, "pack", lambda: pack(bundle, place / "x.tar.zst"))
+    timed(times, "unpack", lambda: unpack(place / "x.tar.zst", place / "unpacked"))
+
+
 def measure(root: Path, size: int, files: int, runs: int) -> dict[str, list[float]]:
     """The times of every run of everything, the first of each left out."""
     bundle, times = root / "bundle", dict[str, list[float]]()
@@ -88,17 +103,7 @@ def measure(root: Path, size: int, files: int, runs: int) -> dict[str, list[floa
         place = root / f"run{run}"
         place.mkdir()
         with running_registry(place / "registry") as registry:
-            reference = registry.reference("team/random:1")
-            timed(times, "cp and sha256", lambda: copy_and_hash(bundle, place / "copy"))
-            timed(times, "push", lambda: push(bundle, reference, progress=QUIET))
-            timed(times, "push again", lambda: push(bundle, reference, progress=QUIET))
-            timed(times, "pull", lambda: pull(reference, place / "out", progress=QUIET))
-            timed(times, "pull again", lambda: pull(reference, place / "out", progress=QUIET))
-            shutil.rmtree(place / "registry" / "data")
-            timed(times, "curl up", lambda: curl_up(bundle, registry))
-            timed(times, "curl down", lambda: curl_down(bundle, registry, place / "curled"))
-            timed(times, "pack", lambda: pack(bundle, place / "x.tar.zst"))
-            timed(times, "unpack", lambda: unpack(place / "x.tar.zst", place / "unpacked"))
+            one_run(bundle, place, registry, times)
         shutil.rmtree(place)
     shutil.rmtree(bundle)
     return {name: found[1:] for name, found in times.items()}

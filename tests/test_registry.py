@@ -353,6 +353,15 @@ def test_a_bundle_is_not_pushed_under_the_digest_of_another(registry: Registry, 
         push(bundle, registry.reference(f"team/other@sha256:{'0' * 64}"), progress=QUIET)
 
 
+def test_a_bundle_is_pushed_with_a_tag_and_its_own_digest(registry: Registry, bundle: Path) -> None:
+    digest = push(bundle, registry.reference("team/both:1"), progress=QUIET).digest
+    done = push(bundle, registry.reference(f"team/both:2@{digest}"), progress=QUIET)
+    assert done.reference == registry.reference(f"team/both:2@{digest}")
+    assert registry.get("team/both/manifests/2").headers["Docker-Content-Digest"] == digest
+    push(bundle, registry.reference(f"team/untagged@{digest}"), progress=QUIET)
+    assert registry.get(f"team/untagged/manifests/{digest}").status_code == 200
+
+
 def test_a_registry_that_gives_another_digest_is_not_believed(
     registry: Registry, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

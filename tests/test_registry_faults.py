@@ -296,6 +296,16 @@ def test_a_push_whose_connection_drops_is_tried_again(registry: Registry, tmp_pa
     assert contents(tmp_path / "out") == contents(made)
 
 
+@pytest.mark.parametrize("status", [0, 400, 401, 403, 404, 405, 500])
+def test_what_is_not_mounted_is_sent(registry: Registry, tmp_path: Path, status: int) -> None:
+    made = small_bundle(tmp_path / "made", seed=6)
+    with Proxy(registry.port, lambda seen, _: Answer(status) if "mount=" in seen.path else None) as proxy:
+        push(made, proxy.reference("team/source:1"), progress=QUIET)
+        done = push(made, proxy.reference(f"team/unmounted-{status}:1"), progress=QUIET, sleep=lambda _: None)
+        assert proxy.count("mount=", "POST") == 2
+    assert (done.layers_mounted, done.layers_sent) == (0, 7)
+
+
 def test_a_push_that_fails_gives_no_name_to_what_is_not_whole(registry: Registry, tmp_path: Path) -> None:
     def rule(seen: Seen, _: Proxy) -> Answer | None:
         return Answer(0) if seen.method == "PUT" and "uploads" in seen.path else None

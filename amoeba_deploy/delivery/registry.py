@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,7 @@ from urllib.parse import urljoin
 from amoeba_deploy.bundle import verify_files
 from amoeba_deploy.delivery import known_blobs, media_types
 from amoeba_deploy.delivery.artifact import Blob, Layer, artifact_of, digest_of, read_document, read_layers
-from amoeba_deploy.delivery.connection import Body, Connection
+from amoeba_deploy.delivery.connection import Body, Connection, Dropped
 from amoeba_deploy.delivery.download import Download, OnBytes, copy_checked, keep_only, staging_folder
 from amoeba_deploy.delivery.reference import DEFAULT_TAG, Reference, is_digest
 from amoeba_deploy.errors import AmoebaError, BadInput, VerificationFailed
@@ -193,8 +193,10 @@ def _upload(connection: Connection, blob: Blob, body: Body) -> Way:
     elsewhere = known_blobs.repository_of(connection.reference.host, blob)
     if elsewhere and elsewhere != connection.reference.name:
         asked = connection.url(f"blobs/uploads/?mount={blob.digest}&from={elsewhere}")
-        started = connection.send_once("POST", asked)
-        if started.status_code == 201:
+        # Who may not read there, or is not given it for another reason, sends it.
+        with suppress(BadInput, Dropped):
+            started = connection.send_once("POST", asked)
+        if started is not None and started.status_code == 201:
             return "mounted"
     if started is None or started.status_code != 202:
         started = connection.send_once("POST", connection.url("blobs/uploads/"))
@@ -212,7 +214,8 @@ def _put_manifest(connection: Connection, manifest: bytes, digest: str) -> None:
     """Give the artifact its name, which makes it visible."""
     target = connection.reference
     headers = {"Content-Type": media_types.MANIFEST}
-    answer = connection.send("PUT", connection.url(f"manifests/{target.wanted}"), headers=headers, body=manifest)
+    name = target.tag or target.wanted
+    answer = connection.send("PUT", connection.url(f"manifests/{name}"), headers=headers, body=manifest)
     connection.check(answer, 201)
     found = answer.headers.get("Docker-Content-Digest")
     if found is not None and found != digest:
