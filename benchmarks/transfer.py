@@ -2,8 +2,8 @@
 
 A bundle of random bytes, 200 MB unless told otherwise, as one file or as several; a fresh docker-registry on the
 loopback interface for every run. The floor is what any transfer does at least: ``cp`` of the files, and their sha256,
-in one thread. Runs are interleaved, medians are shown, and what a push or pull itself cannot make faster is shown beside
-them: the registry's own time to take the same bytes from ``curl``, and to give them.
+in one thread. Runs are interleaved, and medians are shown. Beside them stands what a push or pull cannot make faster:
+the registry's own time to take the same bytes from ``curl``, and to give them.
 """
 
 from __future__ import annotations
