@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,9 +10,13 @@ from typing import Any
 
 import pytest
 from conftest import QUIET, amoeba, sentence
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from registries import Registry, contents, needs_registry, running_registry, small_bundle
 
+from amoeba_deploy.delivery.artifact import read_document, read_layers
 from amoeba_deploy.delivery.registry import pull, push
+from amoeba_deploy.errors import BadInput
 
 pytestmark = needs_registry
 NAME = "team/hostile"
@@ -234,6 +239,35 @@ def test_a_bundles_manifest_of_a_hundred_megabytes_is_not_fetched(
         said = sentence(amoeba("bundle", "pull", proxy.reference(NAME), "-o", tmp_path / "out", "--quiet"), 2)
         assert proxy.count("/blobs/") == 0
     assert "is of 100000000 bytes, more than any bundle's" in said
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_any_manifest_is_read_or_refused(manifest: Manifest, data: st.DataObject) -> None:
+    spoiled = json.loads(json.dumps(manifest))
+    place: Any = spoiled
+    while True:
+        key = data.draw(st.sampled_from(sorted(place) if isinstance(place, dict) else range(len(place))))
+        if not isinstance(place[key], dict | list) or not place[key] or data.draw(st.booleans()):
+            break
+        place = place[key]
+    place[key] = data.draw(JSON)
+    with contextlib.suppress(BadInput):
+        layers = read_layers(read_document(json.dumps(spoiled).encode(), "here"), "here")
+        assert all(layer.path and not layer.path.startswith("/") and ".." not in layer.path for layer in layers)
+
+
+@given(st.binary(max_size=50) | JSON.map(lambda value: json.dumps(value).encode()))
+def test_any_bytes_are_a_manifest_or_refused(body: bytes) -> None:
+    with contextlib.suppress(BadInput):
+        read_layers(read_document(body, "here"), "here")
 
 
 def test_more_layers_than_any_bundle_has_are_refused(registry: Registry, manifest: Manifest, tmp_path: Path) -> None:
