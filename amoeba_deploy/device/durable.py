@@ -57,7 +57,8 @@ def write_file(file: Path, data: bytes) -> None:
 def point(link: Path, target: str) -> None:
     """Make a symbolic link name ``target``; one of that name is replaced, and nothing else."""
     part = link.with_name(f".{link.name}{_PART}")
-    part.unlink(missing_ok=True)
+    with suppress(FileNotFoundError):
+        os.unlink(part)  # noqa: PTH108
     os.symlink(target, part)  # noqa: PTH211
     os.replace(part, link)  # noqa: PTH105
     sync_folder(link.parent)
@@ -65,7 +66,8 @@ def point(link: Path, target: str) -> None:
 
 def remove(file: Path) -> None:
     """Remove a file or a link, if it is there."""
-    file.unlink(missing_ok=True)
+    with suppress(FileNotFoundError):
+        os.unlink(file)  # noqa: PTH108
     sync_folder(file.parent)
 
 
@@ -79,5 +81,5 @@ def move(source: Path, target: Path) -> None:
 def make_folder(folder: Path) -> None:
     """Make a folder, if it is not there."""
     if not folder.is_dir():
-        folder.mkdir()
+        os.mkdir(folder)  # noqa: PTH102
         sync_folder(folder.parent)

@@ -10,7 +10,7 @@ import errno
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,8 @@ from amoeba_deploy.device.slots import (
     write_record,
 )
 from amoeba_deploy.device.source import Source, Target, find_source
-from amoeba_deploy.device.state import Refused, Slot, SlotName, State, sha256_hex, write_state
-from amoeba_deploy.device.switch import recovered, switch
+from amoeba_deploy.device.state import Refused, Slot, SlotName, State, read_state, sha256_hex, write_state
+from amoeba_deploy.device.switch import clear_staging, make_folders, recovered, switch
 from amoeba_deploy.errors import AmoebaError, BadInput, VerificationFailed
 from amoeba_deploy.files import sha256_of, system_refusal
 from amoeba_deploy.progress import Progress
@@ -113,7 +113,14 @@ def within(root: Path) -> Iterator[None]:
     os.environ.update(inside)
     tempfile.tempdir = None
     try:
-        yield
+        make_folders(root)
+        clear_staging(root)
+        place.mkdir()
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                clear_staging(root)
     except OSError as error:
         raise BadInput(f"{root}: {_refusal(error)}") from error
     finally:
@@ -146,7 +153,6 @@ def install(text: str, root: Path, options: InstallOptions, progress: Progress) 
     source = find_source(text, options.plain_http)
     with locked(root, options.wait), within(root):
         state, done = recovered(root)
-        (root / STAGING / "tmp").mkdir(exist_ok=True)
         for each in done:
             progress.say(f"recovered: {each}")
         name = check_device(root, options.device)
@@ -239,10 +245,6 @@ def _emptied(root: Path, state: State, name: SlotName) -> State:
 
 def _give_back(root: Path, name: SlotName) -> None:
     """Free what a slot takes that was not switched to; where even that fails, the next command does it."""
-    from contextlib import suppress
-
-    from amoeba_deploy.device.state import read_state
-
     with suppress(OSError, AmoebaError):
         if read_state(root).slots[name] is None:
             empty_slot(root, name)

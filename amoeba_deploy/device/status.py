@@ -21,7 +21,7 @@ from amoeba_deploy.device.slots import (
     verify_slot,
 )
 from amoeba_deploy.device.state import SLOTS, STATE, Slot, SlotName, State, read_state, sha256_hex, write_state
-from amoeba_deploy.device.switch import make_folders, recovered
+from amoeba_deploy.device.switch import recovered
 from amoeba_deploy.errors import AmoebaError, BadInput, VerificationFailed
 from amoeba_deploy.progress import Progress
 
@@ -113,7 +113,6 @@ def recover(root: Path, progress: Progress, wait: bool = False) -> Status:
 
 def _rebuild(root: Path, progress: Progress) -> list[str]:
     """Write the state anew: what runs is what ``current`` names if it works, else the other slot if that does."""
-    make_folders(root)
     progress.say(f"{root / STATE}: is damaged, looking into the slots")
     whole = {name: slot for name in SLOTS if (slot := _known(root, name)) is not None}
     try:

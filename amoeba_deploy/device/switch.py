@@ -107,8 +107,6 @@ def recovered(root: Path) -> tuple[State, list[str]]:
         BadInput: the state is damaged.
         VerificationFailed: ``current`` is not what it should be, and the right slot is damaged.
     """
-    make_folders(root)
-    clear_staging(root)
     state, done = read_state(root), []
     if state.pending is not None:
         done.append(f"the switch to slot {state.pending} was not confirmed and is undone")

@@ -1,0 +1,134 @@
+"""An end of the process before every single change that an install makes durably: none leaves a device that is broken.
+
+``tests/crashing.py`` counts the system calls of ``amoeba_deploy.device.durable`` and ends its process, as a kill does,
+before a chosen one. Here that is done for all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from bundles import Shop, check_confirmed, check_running, copy_device, install, started, step
+
+from amoeba_deploy.device.status import recover
+from amoeba_deploy.progress import Progress
+
+SCRIPT = Path(__file__).parent / "crashing.py"
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
+    return Shop.make(tmp_path_factory.mktemp("shop"))
+
+
+@pytest.fixture(scope="module")
+def with_two(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A device that runs release 8 in slot b and keeps 7 in slot a."""
+    root = shop.device(tmp_path_factory.mktemp("device") / "root")
+    install(shop.release(7), root)
+    install(shop.release(8), root)
+    return root
+
+
+def crash_everywhere(template: Path, place: Path, *arguments: object) -> int:
+    """Run a command on copies of a device, each ended before another system call; how many there are."""
+    work = {"template": str(template), "place": str(place), "arguments": [str(each) for each in arguments]}
+    place.mkdir()
+    done = subprocess.run([sys.executable, SCRIPT, json.dumps(work)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
+
+
+def test_a_crash_before_every_change_of_an_install(shop: Shop, with_two: Path, tmp_path: Path) -> None:
+    nine = shop.release(9, steps=[step("echo 1 > engine/more")])
+    count = crash_everywhere(with_two, tmp_path / "devices", "install", nine)
+    assert count > 60
+    found = set()
+    for number in range(count):
+        root = tmp_path / "devices" / str(number)
+        state = check_running(root, engine=False)
+        assert state is not None
+        found.add((state.confirmed, state.pending, (root / "current").readlink().name))
+        recover(root, Progress(quiet=True))
+        after = check_confirmed(root, engine=False)
+        assert after.running is not None
+        assert after.running.serial == (9 if state.highest_serial == 9 else 8)
+        if number % 16 == 0:
+            assert install(nine, root)["bundle"]["serial"] == 9
+            check_confirmed(root, engine=False)
+        shutil.rmtree(root)
+    # Before the switch, in it, after it, and confirmed.
+    assert found == {("b", None, "b"), ("b", "a", "b"), ("b", "a", "a"), ("a", None, "a")}
+
+
+def test_a_crash_before_every_change_of_the_first_install(shop: Shop, tmp_path: Path) -> None:
+    template = shop.device(tmp_path / "template")
+    nine = shop.release(9, "first")
+    count = crash_everywhere(template, tmp_path / "devices", "install", nine)
+    assert count > 40
+    for number in range(count):
+        root = tmp_path / "devices" / str(number)
+        state = check_running(root, engine=False)
+        if not (root / "slots").exists():
+            continue
+        recover(root, Progress(quiet=True))
+        after = check_running(root, engine=False)
+        assert (after is None) == (state is None or state.confirmed is None)
+        if number % 16 == 0:
+            install(nine, root)
+            check_confirmed(root, engine=False)
+
+
+def test_a_crash_before_every_change_of_a_rollback(with_two: Path, tmp_path: Path) -> None:
+    count = crash_everywhere(with_two, tmp_path / "devices", "rollback")
+    assert count > 10
+    for number in range(count):
+        root = tmp_path / "devices" / str(number)
+        assert check_running(root, engine=False) is not None
+        recover(root, Progress(quiet=True))
+        after = check_confirmed(root, engine=False)
+        assert after.previous == ("a" if after.confirmed == "b" else "b")
+
+
+def test_a_crash_before_every_change_of_a_recovery(shop: Shop, with_two: Path, tmp_path: Path) -> None:
+    template = copy_device(with_two, tmp_path / "template")
+    command = ("--health", "sh -c 'kill -9 $PPID'")
+    assert started("bundle", "install", shop.release(9, "recovered"), "--root", template, *command).wait() == -9
+    state = check_running(template)
+    assert state is not None
+    assert state.pending == "a"
+    count = crash_everywhere(template, tmp_path / "devices", "status", "--recover")
+    assert count > 8
+    for number in range(count):
+        root = tmp_path / "devices" / str(number)
+        assert check_running(root, engine=False) is not None
+        recover(root, Progress(quiet=True))
+        assert check_confirmed(root, engine=False).confirmed == "b"
+
+
+def test_a_crash_before_every_change_when_a_state_is_rebuilt(with_two: Path, tmp_path: Path) -> None:
+    template = copy_device(with_two, tmp_path / "template")
+    (template / "state.json").unlink()
+    count = crash_everywhere(template, tmp_path / "devices", "status", "--recover")
+    for number in range(count):
+        root = tmp_path / "devices" / str(number)
+        recover(root, Progress(quiet=True))
+        state = check_confirmed(root, engine=False)
+        assert (state.confirmed, state.previous, state.highest_serial) == ("b", "a", 8)
+
+
+def test_a_crash_before_every_change_of_an_automatic_rollback(shop: Shop, with_two: Path, tmp_path: Path) -> None:
+    nine = shop.release(9, "unhealthy")
+    count = crash_everywhere(with_two, tmp_path / "devices", "install", nine, "--health", "false")
+    assert count > 60
+    for number in range(count):
+        root = tmp_path / "devices" / str(number)
+        assert check_running(root, engine=False) is not None
+        recover(root, Progress(quiet=True))
+        state = check_confirmed(root, engine=False)
+        assert (state.confirmed, state.highest_serial) == ("b", 8)
