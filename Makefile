@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export AMOEBA_CACHE ?= $(CURDIR)/$(VENV)/cache
 
-.PHONY: demo test test-slow test-device lint bench clean
+.PHONY: demo test test-slow test-device delivery lint bench clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -28,6 +28,10 @@ test-device: $(VENV)/installed
 	    $(if $(PRECISION),--precision '$(PRECISION)') $(if $(MODEL),--model '$(MODEL)') \
 	    $(if $(DEVICE),--device '$(DEVICE)') $(ARGS)
 
+delivery: $(VENV)/installed
+	@sh tools/install_test_servers
+	@sh tools/delivery.sh $(CURDIR)/$(BIN)
+
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -45,6 +49,9 @@ bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks.tuning_step
 	$(BIN)/python -m benchmarks.distillation
 	$(BIN)/python -m benchmarks.block_search
+	$(BIN)/python -m benchmarks.build
+	$(BIN)/python -m benchmarks.transfer
+	$(BIN)/python -m benchmarks.install
 	$(BIN)/python -m benchmarks.table_query
 	$(BIN)/python -m benchmarks.prediction
 	$(BIN)/python -m benchmarks.budgets

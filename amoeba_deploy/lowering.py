@@ -113,6 +113,6 @@ def _wanted(supernet: Supernet, plan: Plan, backend: Backend, precision: str, op
         "blocks": backend.block_sizes(plan, sizes, multiple) if layout == "ragged" else None,
         "learnt": learnt,
         "facts": supernet.origin(),
-        # Engines point into one file of weights, whatever its size.
-        "shard_bytes": sys.maxsize,
+        # In a bundle what all subnets have alike is a file of its own, which a registry keeps once.
+        "shard_bytes": None if backend.folder_dtype(precision, options) else sys.maxsize,
     }

@@ -436,11 +436,22 @@ def sharded(tensors: Mapping[str, TensorSource], limit: int) -> dict[str, dict[s
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
 
 
+def apart(tensors: Mapping[str, TensorSource]) -> dict[str, dict[str, TensorSource]]:
+    """What every subnet of a model has alike in one file, the blocks in another; named as shards."""
+    groups: tuple[dict[str, TensorSource], ...] = ({}, {})
+    for name, source in tensors.items():
+        groups[name.startswith("model.layers.")][name] = source
+    return {f"model-{i:05d}-of-00002.safetensors": group for i, group in enumerate(groups, 1)}
+
+
 def write_model_tensors(
-    folder: Path, tensors: Mapping[str, TensorSource], limit: int, metadata: Mapping[str, str], threads: int = 1
+    folder: Path, tensors: Mapping[str, TensorSource], limit: int | None, metadata: Mapping[str, str], threads: int = 1
 ) -> int:
-    """Write a model's tensors as one file or as shards with their index; returns the size of all in bytes."""
-    files = sharded(tensors, limit)
+    """Write a model's tensors as one file or as shards with their index; returns the size of all in bytes.
+
+    ``limit`` is the most data in a file; None stands for one of the blocks and one of the rest.
+    """
+    files = apart(tensors) if limit is None else sharded(tensors, limit)
     size = sum(write_tensors(folder / file, group, metadata, threads) for file, group in files.items())
     if len(files) > 1:
         total = sum(source.length for source in tensors.values())

@@ -78,6 +78,16 @@ def running_flows() -> list[str]:
     return found
 
 
+FACTS = {
+    "device": "local",
+    "budget": {"metric": "tpot", "ms": None, "memory_bytes": None},
+    "predicted": {"tpot_ms": 1.0, "ttft_ms": 1.0, "memory_bytes": 1, "source": "estimated"},
+    "quality": {"metric": "parameters_kept", "value": 1.0, "source": "counted"},
+    "table": None,
+}
+"""What a search would have said of a bundle."""
+
+
 def build_bundle(checkpoint: Checkpoint, flow: str, output: Path, precision: str | None = None) -> Path:
     """A bundle of the whole model in a flow, its first precision unless told otherwise; not verified."""
     backend = load_backend(flow)
@@ -85,6 +95,6 @@ def build_bundle(checkpoint: Checkpoint, flow: str, output: Path, precision: str
     steps = CheckpointSource(checkpoint).steps(backend, chosen)
     plan = checkpoint.plan(Shape.parse(f"{checkpoint.architecture.depth}x1"), steps)
     options = options_for(backend, CONTEXT)
-    order = Order(plan, flow, chosen, Workload(1, 16, 16), options, False, {"device": "local"})
+    order = Order(plan, flow, chosen, Workload(1, 16, 16), options, False, FACTS)
     export(checkpoint, order, output, force=False, verify=False, phases=Phases(), progress=QUIET)
     return output

@@ -251,6 +251,7 @@ def test_verifying_writes_nothing(bundle: Path) -> None:
     "name",
     [
         "engine/weights.int4.safetensors",
+        "engine/shared.int4.safetensors",
         "engine/model.onnx",
         "engine/config.json",
         "engine/genai_config.json",

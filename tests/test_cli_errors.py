@@ -591,7 +591,11 @@ def demo_export(output: Path) -> tuple[object, ...]:
 
 @pytest.mark.parametrize(
     ("number", "written"),
-    [(signal.SIGINT, "model.safetensors"), (signal.SIGINT, "genai_config.json"), (signal.SIGTERM, "genai_config.json")],
+    [
+        (signal.SIGINT, "model-00001-of-00002.safetensors"),
+        (signal.SIGINT, "genai_config.json"),
+        (signal.SIGTERM, "genai_config.json"),
+    ],
 )
 def test_an_interrupted_export_leaves_nothing(outputs: Path, tmp_path: Path, number: int, written: str) -> None:
     started = Started(tmp_path, *demo_export(outputs / "bundle"))
@@ -623,7 +627,7 @@ def test_an_interrupted_selection_leaves_nothing(outputs: Path, tmp_path: Path, 
 
 def test_a_killed_export_leaves_nothing_under_its_name_and_can_be_repeated(outputs: Path, tmp_path: Path) -> None:
     started = Started(tmp_path, *demo_export(outputs / "bundle"))
-    started.wait_for(outputs, ".bundle.*.part/engine/model.safetensors")
+    started.wait_for(outputs, ".bundle.*.part/engine/model-00001-of-00002.safetensors")
     started.process.kill()
     started.finish()
     assert not (outputs / "bundle").exists()

@@ -107,5 +107,5 @@ def _read_other_weights(graph: Path, file: Path) -> None:
     model = onnx.load(graph, load_external_data=False)
     for tensor in model.graph.initializer:
         for entry in tensor.external_data:
-            entry.value = "other.safetensors" if entry.key == "location" else entry.value
+            entry.value = "other.safetensors" if entry.value == file.name else entry.value
     onnx.save(model, graph)

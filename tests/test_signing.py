@@ -409,3 +409,20 @@ def test_a_provenance_of_another_manifest_is_refused(bundle: Path) -> None:
     value["subject"][0]["digest"]["sha256"] = "0" * 64
     (bundle / "provenance.json").write_text(json.dumps(value))
     assert "speaks of another bundle" in sentence(amoeba("bundle", "verify", bundle, "--quiet"), 5)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (_append, "is not what was signed: engine/extra.bin is added;"),
+        (_remove, "is not what was signed: tokenizer.json is missing;"),
+        (_truncate, "is not what was signed: tokenizer.json is changed;"),
+    ],
+    ids=["added", "missing", "changed"],
+)
+def test_the_file_that_is_not_as_it_was_signed_is_named(
+    signed: Path, pair: KeyPair, change: Callable[[Path], None], said: str
+) -> None:
+    change(signed)
+    with pytest.raises(VerificationFailed, match=said):
+        verify_signature(signed, Trust.of([pair.public]))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from amoeba_deploy.commands import device
+from amoeba_deploy.commands import device, registry
 from amoeba_deploy.commands.common import emit
 from amoeba_deploy.options import (
     output_options,
@@ -119,4 +119,5 @@ def bundle_finish(path: Path, as_json: bool, quiet: bool) -> None:
     emit(value, as_json, lambda: click.echo(f"{path}: {said}"))
 
 
+registry.add_to(bundle)
 device.add_to(bundle)

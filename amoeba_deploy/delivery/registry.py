@@ -257,7 +257,8 @@ def pull(
     connection = Connection(target, plain_http=plain_http, sleep=sleep)
     digest, layers = resolve(connection)
     size, distinct = sum(layer.blob.size for layer in layers), sum(blob.size for blob in {x.blob for x in layers})
-    progress.say(f"{target}: is {digest}, {len(layers)} files, {size / 1e6:.1f} MB")
+    named = "" if target.digest else f"is {digest}, "
+    progress.say(f"{target}: {named}{len(layers)} files, {size / 1e6:.1f} MB")
     if _holds(output, layers):
         return Pulled(str(target), digest, output, len(layers), size, 0, distinct, True)
     check_target(output, force)

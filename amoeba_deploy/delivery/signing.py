@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,7 +147,9 @@ def _verify(folder: Path, trust: Trust, by_certificate: bool) -> None:
     except Exception as error:  # the library raises what the cryptography below it does, too
         said = _line(error)
         if said.startswith("Signature mismatch"):
-            raise VerificationFailed(f"{folder}: is not what was signed ({said}); get the bundle again") from None
+            raise VerificationFailed(
+                f"{folder}: is not what was signed: {_changes(said)}; get the bundle again"
+            ) from None
         raise VerificationFailed(
             f"{folder / SIGNATURE}: does not hold ({said}); get the bundle again from who signs for the trusted keys"
         ) from None
@@ -162,6 +165,15 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(before)
+
+
+def _changes(said: str) -> str:
+    """Which files the library found changed, added or missing, in few words."""
+    changed = re.findall(r"Hash mismatch for \\*'(.+?)\\*': Expected", said)
+    found = [f"{name} is changed" for name in changed]
+    for kind, word in (("Extra files found", "added"), ("Missing files", "missing")):
+        found += [f"{names} is {word}" for names in re.findall(rf"{kind} in model '.*?': (.+?)[\"']", said)]
+    return ", ".join(found) or said
 
 
 def _line(error: Exception) -> str:

@@ -221,7 +221,7 @@ def extract(
     blocks: Sequence[BlockSizes] | None = None,
     learnt: Learnt = NOTHING,
     facts: dict[str, Any] | None = None,
-    shard_bytes: int = SHARD_BYTES,
+    shard_bytes: int | None = SHARD_BYTES,
     quality: Callable[[Path], dict[str, Any] | None] = lambda _: None,
 ) -> Extraction:
     """Write the dense subnet of a plan into an existing, empty folder.
@@ -235,7 +235,7 @@ def extract(
         blocks: in the ragged layout, sizes to pad each block to (native_layouts.py); none is padded where left out.
         learnt: what the checkpoint adds to the model's own weights.
         facts: about the checkpoint for subnet.json (digest, name, ...).
-        shard_bytes: the most data in one file of weights.
+        shard_bytes: the most data in one file of weights; None stands for one of the blocks, and one of the rest.
         quality: gives what is known of the subnet's quality, once its weights are written.
 
     Raises:

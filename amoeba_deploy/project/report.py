@@ -43,9 +43,9 @@ def change(result: Result) -> str:
     if new.get("content") == old.get("content"):
         return "none"
     found = []
-    engines = [f"{each.get('flow')} {each.get('precision')} {each.get('shape')}" for each in (old, new)]
-    if engines[0] != engines[1]:
-        found.append(f"{engines[0]} -> {engines[1]}")
+    engines = [f"{each.get('flow')} {each.get('precision')}" for each in (old, new)]
+    shapes = [str(old.get("shape")), str(new["shape"])]
+    found += [f"{pair[0]} -> {pair[1]}" for pair in (engines, shapes) if pair[0] != pair[1]]
     for name, before, now in (
         ("size", old.get("bytes"), new["bytes"]),
         ("TPOT", _tpot(old), _tpot(new)),

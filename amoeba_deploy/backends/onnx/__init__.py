@@ -1,9 +1,9 @@
 """The ``onnx`` flow: our own graph, run by ONNX Runtime; onnxruntime-genai reads the same folder.
 
 An artefact is a folder with ``model.onnx`` (some kilobytes), the weights it points into, ``genai_config.json``,
-config and tokenizer. In fp32, fp16 and bf16 the weights are the subnet's own ``model.safetensors``, used in place; int8
-and int4 store block-quantised weights in ``weights.int8.safetensors`` or ``weights.int4.safetensors``, embedding and
-head too.
+config and tokenizer. In fp32, fp16 and bf16 the weights are the subnet's own, used in place; int8 and int4 store
+block-quantised weights: those of the blocks in ``weights.int4.safetensors``, and what every subnet of the model has
+alike, embedding and head too, in ``shared.int4.safetensors``.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from amoeba_deploy.backends.backend import (
     installed_versions,
     require_legal,
 )
-from amoeba_deploy.backends.onnx import builder
+from amoeba_deploy.backends.onnx import builder, runtime
 from amoeba_deploy.backends.onnx.engine import INSTALL_CUDA, PROVIDERS, OnnxEngine, exact_graph
 from amoeba_deploy.backends.onnx.genai import CONFIG, genai_config, read_genai_config
-from amoeba_deploy.backends.onnx.precisions import BITS, DTYPES, GRAPH, PRECISIONS, stored, weights_file
+from amoeba_deploy.backends.onnx.precisions import BITS, DTYPES, GRAPH, PRECISIONS, shared_file, stored, weights_file
 from amoeba_deploy.backends.onnx.weights import stored_weights, write_dequantised
 from amoeba_deploy.backends.takes import ANY_BLOCKS, KNOWN_ROPES, Takes
 from amoeba_deploy.block_quantisation import BLOCK
@@ -100,9 +100,7 @@ class OnnxBackend(Backend):
             return _NO_BF16
         if provider == "cpu" or self.toolchain().missing:
             return None
-        import onnxruntime
-
-        if PROVIDERS[provider] in onnxruntime.get_available_providers():
+        if PROVIDERS[provider] in runtime.load().get_available_providers():
             return None
         return f"onnxruntime as installed here has no {PROVIDERS[provider]}, which {INSTALL_CUDA} brings"
 
@@ -155,10 +153,11 @@ class OnnxBackend(Backend):
             pass
         elif precision in DTYPES:
             TensorFolder(artefact)
-        elif not (artefact / weights_file(precision)).is_file():
-            raise BadInput(f"{artefact}: has no {weights_file(precision)}; it holds no {precision} of the flow 'onnx'")
         else:
-            read_header(artefact / weights_file(precision))
+            for file in (weights_file(precision), shared_file(precision)):
+                if not (artefact / file).is_file():
+                    raise BadInput(f"{artefact}: has no {file}; it holds no {precision} of the flow 'onnx'")
+                read_header(artefact / file)
         return OnnxEngine(artefact, read_genai_config(artefact), threads)
 
     def open_exact(self, artefact: Path, precision: str) -> OnnxEngine | None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from amoeba_deploy.architecture import Architecture
+from amoeba_deploy.backends.onnx import runtime
 from amoeba_deploy.backends.onnx.genai import CONFIG
 from amoeba_deploy.backends.onnx.precisions import GRAPH
 from amoeba_deploy.errors import BadInput, ToolchainMissing
@@ -88,7 +89,7 @@ def build(model: ModelFolder, output: Path, precision: str, context: int, provid
         BadInput: the model is ragged or has no tokenizer, or the builder fails on it.
     """
     try:
-        from onnxruntime_genai.models import builder
+        builder = runtime.load("onnxruntime_genai.models.builder")
     except ImportError:
         raise ToolchainMissing(
             f"--set emitter=oga needs {PACKAGE} with onnx-ir, which is not installed; run pip install {PACKAGE} onnx-ir"

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from amoeba_deploy.backends.backend import Counts, Ids
+from amoeba_deploy.backends.onnx import runtime
 from amoeba_deploy.backends.onnx.genai import BuiltFor
 from amoeba_deploy.backends.onnx.precisions import GRAPH, PACKED
 from amoeba_deploy.errors import BadInput, ToolchainMissing
@@ -34,7 +35,7 @@ class OnnxEngine:
             threads: how many compute on the CPU; all cores where None.
             graph: another graph over the same weights, if not the folder's own.
         """
-        import onnxruntime
+        onnxruntime = runtime.load()
 
         release = onnxruntime.__version__
         if tuple(map(int, release.split(".")[:2])) < LEAST_RELEASE:
@@ -102,7 +103,7 @@ class OnnxEngine:
         return np.pad(logits, ((0, 0), (0, count - widest), (0, 0))) if widest < count else logits
 
     def _begin(self, batch: int) -> None:
-        import onnxruntime
+        onnxruntime = runtime.load()
 
         self._held, self._seen = np.zeros(batch, np.int64), np.zeros((batch, 0), np.bool_)
         empty = onnxruntime.OrtValue.ortvalue_from_shape_and_type

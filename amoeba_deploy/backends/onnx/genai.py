@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from amoeba_deploy.backends.onnx import runtime
 from amoeba_deploy.backends.onnx.precisions import GRAPH
 from amoeba_deploy.errors import BadInput, ToolchainMissing
 from amoeba_deploy.files import read_json_object
@@ -147,7 +148,7 @@ def stream(folder: Path, prompt: str, tokens: int) -> Iterator[str]:
         BadInput: the folder cannot be run, or the prompt is empty or too long.
     """
     try:
-        import onnxruntime_genai as og
+        og = runtime.load("onnxruntime_genai")
     except ImportError:
         raise ToolchainMissing(
             "text by onnxruntime-genai needs onnxruntime-genai, which is not installed; run pip install "

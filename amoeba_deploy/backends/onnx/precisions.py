@@ -16,8 +16,13 @@ _BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
 def weights_file(precision: str) -> str:
-    """The file that holds an artefact's weights."""
-    return f"weights.{precision}.safetensors" if precision in BITS else "model.safetensors"
+    """The file that holds the block-quantised weights of an artefact's blocks."""
+    return f"weights.{precision}.safetensors"
+
+
+def shared_file(precision: str) -> str:
+    """The file that holds what is the same in every subnet of a model: embedding, head and last norm."""
+    return f"shared.{precision}.safetensors"
 
 
 def stored(precision: str) -> StorageFormat:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from amoeba_deploy.backends.onnx.precisions import BITS, DTYPES, weights_file
+from amoeba_deploy.backends.onnx.precisions import BITS, DTYPES, shared_file, weights_file
 from amoeba_deploy.block_quantisation import BLOCK, block_scales, dequantise, quantise
 from amoeba_deploy.errors import BadInput
 from amoeba_deploy.extraction.folder import copy_model, copy_other_files
@@ -17,6 +17,7 @@ from amoeba_deploy.model_folder import ModelFolder
 from amoeba_deploy.tensors import (
     CONFIG_DTYPES,
     Array,
+    TensorFolder,
     TensorInfo,
     TensorSource,
     as_float32,
@@ -33,28 +34,42 @@ def stored_weights(model: ModelFolder, output: Path, precision: str) -> dict[str
     """Where the graph's weights lie in ``output``; writes them there unless they can be used in place."""
     if precision in BITS:
         copy_other_files(model, output)
-        sources = _quantised(model, BITS[precision])
-        write_tensors(output / weights_file(precision), sources, threads=len(os.sched_getaffinity(0)))
-        return read_header(output / weights_file(precision))[0]
+        for file, sources in (
+            (shared_file(precision), _quantised_others(model, BITS[precision])),
+            (weights_file(precision), _quantised_blocks(model, BITS[precision])),
+        ):
+            write_tensors(output / file, sources, threads=len(os.sched_getaffinity(0)))
+        return quantised_infos(output, precision)
     dtype = DTYPES[precision]
     if output != model.path:
         copy_model(model, output, dtype)
-        return read_header(output / weights_file(precision))[0]
+        return TensorFolder(output).infos
     if any(info.dtype != CONFIG_DTYPES[dtype] for info in model.tensors.infos.values()):
         raise BadInput(f"{output}: its weights are not {dtype}, which {precision} engines use in place; extract in it")
     return model.tensors.infos
 
 
-def _quantised(model: ModelFolder, bits: int) -> dict[str, TensorSource]:
-    """All tensors of a quantised artefact: values and scales of each matrix, everything else in float32.
+def quantised_infos(artefact: Path, precision: str) -> dict[str, TensorInfo]:
+    """Where the tensors of a quantised artefact lie; raises BadInput where a file is missing or damaged."""
+    shared, blocks = (read_header(artefact / name(precision))[0] for name in (shared_file, weights_file))
+    return shared | blocks
+
+
+def _quantised_others(model: ModelFolder, bits: int) -> dict[str, TensorSource]:
+    """The tensors outside the blocks: values and scales of each matrix, norms in float32."""
+    sources: dict[str, TensorSource] = {}
+    for name in model.family.other_tensors(model.architecture):
+        sources |= _matrices(model, [name], bits) if "norm" not in name else {name: _float32(model, name)}
+    return sources
+
+
+def _quantised_blocks(model: ModelFolder, bits: int) -> dict[str, TensorSource]:
+    """The tensors of the blocks: values and scales of each matrix, everything else in float32.
 
     Matrices that the graph multiplies as one stand together: first the values of all, then the scales of all.
     """
-    sizes = model.architecture
     sources: dict[str, TensorSource] = {}
-    for name in model.family.other_tensors(sizes):
-        sources |= _matrices(model, [name], bits) if "norm" not in name else {name: _float32(model, name)}
-    for index in range(sizes.depth):
+    for index in range(model.architecture.depth):
         prefix = f"model.layers.{index}."
         names = list(model.block_shapes(index))
         for group in (("q", "k", "v"), ("o",), ("gate", "up"), ("down",)):
@@ -91,13 +106,12 @@ def _matrices(model: ModelFolder, names: list[str], bits: int) -> dict[str, Tens
 
 def write_dequantised(model: ModelFolder, artefact: Path, precision: str, output: Path) -> None:
     """Write the model with the values that a quantised artefact's weights stand for."""
-    file, bits = artefact / weights_file(precision), BITS[precision]
-    infos, _ = read_header(file)
-    data = np.memmap(file, mode="r")
+    infos, bits = quantised_infos(artefact, precision), BITS[precision]
+    data = {info.file: np.memmap(info.file, mode="r") for info in infos.values()}
 
     def array(name: str, dtype: Any) -> Array:
         info = infos[name]
-        return np.frombuffer(data[info.offset : info.offset + info.length], dtype).reshape(info.shape)
+        return np.frombuffer(data[info.file][info.offset : info.offset + info.length], dtype).reshape(info.shape)
 
     def values(name: str, info: TensorInfo) -> Array:
         if f"{name}.packed" not in infos:
