@@ -12,17 +12,19 @@ from typing import Any
 
 import click
 
-from amoeba_deploy import __version__
 from amoeba_deploy.commands.build import build, cache, init
 from amoeba_deploy.commands.bundles import bundle
 from amoeba_deploy.commands.checkpoint import checkpoint
+from amoeba_deploy.commands.completion import complete_values, completion
 from amoeba_deploy.commands.devices import devices
+from amoeba_deploy.commands.doctor import doctor
 from amoeba_deploy.commands.export import export
 from amoeba_deploy.commands.profile import profile
 from amoeba_deploy.commands.search import search
 from amoeba_deploy.commands.select import select
 from amoeba_deploy.commands.subnets import evaluate, extract, run
 from amoeba_deploy.commands.tune import tune
+from amoeba_deploy.commands.version import version_options
 from amoeba_deploy.errors import AmoebaError
 
 
@@ -82,7 +84,7 @@ CONTEXT = {"help_option_names": ["-h", "--help"]}
 
 
 @click.group(cls=Commands, context_settings=CONTEXT)
-@click.version_option(__version__, prog_name="amoeba")
+@version_options
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
 def main(debug: bool) -> None:
     """Derive a subnet of any depth and width from one checkpoint, and build an engine of it for a device.
@@ -99,5 +101,9 @@ def _interrupt(_number: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-for command in (select, tune, checkpoint, extract, evaluate, run, devices, profile, search, export, bundle, init, build, cache):
+for command in (
+    *(select, tune, checkpoint, extract, evaluate, run, devices, profile, search, export, bundle, init, build, cache),
+    *(doctor, completion),
+):
     main.add_command(command)
+complete_values(main)
