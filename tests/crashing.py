@@ -1,12 +1,13 @@
-"""Run a command of a device again and again, ended before another durable system call each time; see the tests of it.
+"""Run a command of a device again and again, with a fault at another durable system call each time.
 
-``python crashing.py '{"template": DEVICE, "place": FOLDER, "arguments": [...]}'``: for every n a copy of the device
-becomes FOLDER/n, and a process of its own runs ``amoeba bundle ARGUMENTS`` on it and ends before the n-th call. Prints
-how many calls there are; the command ran to its end with no n of these.
+``python crashing.py '{"template": DEVICE, "place": FOLDER, "arguments": [...], "fault": "end"}'``: for every n a copy of
+the device becomes FOLDER/n, and a process runs ``amoeba bundle ARGUMENTS`` on it. Before its n-th call it ends, or, by
+the fault "full", the disk is full from then on. Prints how many calls there are.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -25,14 +26,14 @@ from amoeba_deploy.delivery import signing  # noqa: F401
 from amoeba_deploy.device import durable, health
 
 CALLS = ("open", "write", "fsync", "replace", "symlink", "rename", "unlink", "mkdir")
-ENDED, DONE = 77, 0
+ENDED, WRONG, DONE = 77, 78, 0
 
 
-class Counting:
-    """The module ``os``, but for an end of the process before the n-th of some calls."""
+class Faulty:
+    """The module ``os``, but for a fault at the n-th of some calls."""
 
-    def __init__(self, last: int) -> None:
-        self.left = last
+    def __init__(self, last: int, fault: str) -> None:
+        self.left, self.fault, self.reached = last, fault, False
 
     def __getattr__(self, name: str) -> Any:
         real = getattr(os, name)
@@ -40,36 +41,51 @@ class Counting:
             return real
 
         def call(*arguments: Any, **named: Any) -> Any:
-            if self.left == 0:
+            if self.left == 0 and self.fault == "end":
                 os._exit(ENDED)
-            self.left -= 1
+            if self.left == 0 and needs_room(name, arguments):
+                self.reached = True
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(arguments[-1]))
+            self.left = max(0, self.left - 1)
             return real(*arguments, **named)
 
         return call
 
 
-def run_one(root: Path, arguments: list[str], last: int) -> int:
+def needs_room(name: str, arguments: tuple[Any, ...]) -> bool:
+    """Whether a call can fail on a full disk."""
+    return name in ("write", "symlink", "mkdir") or (name == "open" and bool(arguments[1] & os.O_CREAT))
+
+
+def run_one(root: Path, arguments: list[str], last: int, fault: str) -> int:
     """The status of a process that runs the command; its health check is done there, too."""
     process = os.fork()
     if process:
         return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-    vars(durable)["os"] = Counting(last)
+    faulty = vars(durable)["os"] = Faulty(last, fault)
     # The engine is opened by the process that the tests start; here only the order of changes is looked at.
     health._checked_apart = lambda *_: health.Health(1)  # type: ignore[assignment]
-    CliRunner().invoke(main, ["bundle", *arguments, "--root", str(root), "--quiet"])
-    os._exit(DONE)
+    done = CliRunner().invoke(main, ["bundle", *arguments, "--root", str(root), "--quiet"])
+    said = done.stderr.splitlines()
+    if faulty.reached and (done.exit_code not in (2, 5) or len(said) != 1 or "No space left" not in said[0]):
+        print(done.exit_code, done.output, file=sys.stderr, flush=True)
+        os._exit(WRONG)
+    os._exit(ENDED if faulty.reached else DONE)
 
 
-def run_all(template: Path, place: Path, arguments: list[str]) -> int:
+def run_all(template: Path, place: Path, arguments: list[str], fault: str) -> int:
     """Every n in turn, until the command runs to its end."""
     number = 0
     while True:
         root = copy_device(template, place / str(number))
-        if run_one(root, arguments, number) != ENDED:
+        status = run_one(root, arguments, number, fault)
+        if status == WRONG:
+            sys.exit(f"at call {number}")
+        if status != ENDED:
             return number
         number += 1
 
 
 if __name__ == "__main__":
     work = json.loads(sys.argv[1])
-    print(run_all(Path(work["template"]), Path(work["place"]), work["arguments"]))
+    print(run_all(Path(work["template"]), Path(work["place"]), work["arguments"], work["fault"]))

@@ -35,9 +35,14 @@ def with_two(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def crash_everywhere(template: Path, place: Path, *arguments: object) -> int:
-    """Run a command on copies of a device, each ended before another system call; how many there are."""
-    work = {"template": str(template), "place": str(place), "arguments": [str(each) for each in arguments]}
+def crash_everywhere(template: Path, place: Path, *arguments: object, fault: str = "end") -> int:
+    """Run a command on copies of a device, with a fault at another system call in each; how many there are."""
+    work = {
+        "template": str(template),
+        "place": str(place),
+        "arguments": [str(each) for each in arguments],
+        "fault": fault,
+    }
     place.mkdir()
     done = subprocess.run([sys.executable, SCRIPT, json.dumps(work)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -132,3 +137,20 @@ def test_a_crash_before_every_change_of_an_automatic_rollback(shop: Shop, with_t
         recover(root, Progress(quiet=True))
         state = check_confirmed(root, engine=False)
         assert (state.confirmed, state.highest_serial) == ("b", 8)
+
+
+@pytest.mark.parametrize("more", [(), ("--health", "false")], ids=["healthy", "unhealthy"])
+def test_a_disk_that_is_full_from_any_change_on(
+    shop: Shop, with_two: Path, tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    nine = shop.release(9, f"full-{len(more)}")
+    count = crash_everywhere(with_two, tmp_path / "devices", "install", nine, *more, fault="full")
+    assert count > 40
+    for number in range(count):
+        root = tmp_path / "devices" / str(number)
+        state = check_running(root, engine=False)
+        assert state is not None
+        recover(root, Progress(quiet=True))
+        after = check_confirmed(root, engine=False)
+        assert after.running is not None
+        assert after.running.serial == 8

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -153,16 +154,50 @@ def test_a_disk_that_is_full_at_any_stage(with_seven: Path, eight: Path, tmp_pat
 # A user who may write nowhere else.
 
 
+AS_NOBODY = ("setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", "--no-new-privs")
+
+
+@dataclass(frozen=True)
+class Nobody:
+    """A user who owns one folder, in a place that only root may write to; and a Python that this user can run."""
+
+    place: Path
+    root: Path
+    python: str
+
+    def run(self, *arguments: object) -> subprocess.CompletedProcess[str]:
+        """Run the command as that user."""
+        return as_nobody(self.python, "-m", "amoeba_deploy", *map(str, arguments))
+
+
+def as_nobody(python: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    paths = (str(ROOT), *(path for path in sys.path if path.endswith("site-packages")))
+    environment = {
+        "PATH": "/usr/local/bin:/usr/bin:/bin",
+        "HOME": "/nonexistent",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONPATH": ":".join(paths),
+    }
+    # By a shell, which starts it with that user's rights.
+    command = [*AS_NOBODY, "sh", "-c", 'exec "$@"', "sh", python, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd="/", env=environment)
+
+
 @pytest.fixture
-def nobody() -> Iterator[Path]:
-    """A folder that nobody owns, in one that only root may write to."""
+def nobody() -> Iterator[Nobody]:
     if os.geteuid() != 0 or shutil.which("setpriv") is None:
         pytest.skip("only root can become another user")
+    same = f"/usr/bin/python{sys.version_info.major}.{sys.version_info.minor}"
+    wanted = "import amoeba_deploy, onnxruntime, model_signing"
+    usable = (python for python in (sys.executable, same) if as_nobody(python, "-c", wanted).returncode == 0)
+    python = next(usable, None)
+    if python is None:
+        pytest.skip("another user cannot read this installation")
     with tempfile.TemporaryDirectory() as place:
         Path(place).chmod(0o755)
         (root := Path(place) / "root").mkdir()
         os.chown(root, 65534, 65534)
-        yield root
+        yield Nobody(Path(place), root, python)
 
 
 def owned(user: int) -> set[Path]:
@@ -178,44 +213,30 @@ def owned(user: int) -> set[Path]:
     return found
 
 
-def test_nothing_is_written_outside_the_root(nobody: Path, shop: Shop, seven: Path, eight: Path) -> None:
-    place = nobody.parent
+def test_nothing_is_written_outside_the_root(nobody: Nobody, shop: Shop, seven: Path, eight: Path) -> None:
+    place, root = nobody.place, nobody.root
     shutil.copytree(seven, place / "seven")
     shutil.copytree(eight, place / "eight")
     shutil.copy(shop.pair.public, place / "key.pub")
-    as_nobody = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", "--no-new-privs"]
-    environment = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", "PYTHONDONTWRITEBYTECODE": "1"}
-    if subprocess.run([*as_nobody, sys.executable, "-c", "import amoeba_deploy"], check=False, cwd="/").returncode:
-        pytest.skip("another user cannot read this installation")
-
-    def run(*arguments: object) -> None:
-        command = [*as_nobody, sys.executable, "-m", "amoeba_deploy", "bundle", *map(str, arguments), "--root", nobody]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd="/", env=environment)
+    trust = ("--trust", place / "key.pub")
+    for command in (
+        ("install", place / "seven", *trust, "--device", "raspberry-pi-5"),
+        ("install", place / "eight", *trust),
+        ("rollback",),
+        ("status", "--recover"),
+    ):
+        done = nobody.run("bundle", *command, "--root", root)
         assert done.returncode == 0, done.stderr
-
-    run("install", place / "seven", "--trust", place / "key.pub", "--device", "raspberry-pi-5")
-    run("install", place / "eight", "--trust", place / "key.pub")
-    run("rollback")
-    run("status", "--recover")
-    assert {path for path in owned(65534) if nobody not in (path, *path.parents)} == set()
-    check_confirmed(nobody)
+    assert {path for path in owned(65534) if root not in (path, *path.parents)} == set()
+    check_confirmed(root)
 
 
-def test_status_needs_no_write_access(nobody: Path, with_seven: Path) -> None:
-    place = nobody.parent / "device"
-    own_copy(with_seven, place)
-    as_nobody = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"]
-
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [*as_nobody, sys.executable, "-m", "amoeba_deploy", "bundle", *arguments, "--root", str(place)]
-        return subprocess.run(command, capture_output=True, text=True, check=False, cwd="/")
-
-    done = run("status", "--json")
-    if "No module named" in done.stderr or "Permission denied" in done.stderr:
-        pytest.skip("another user cannot read this installation")
+def test_status_needs_no_write_access(nobody: Nobody, with_seven: Path) -> None:
+    place = own_copy(with_seven, nobody.place / "device")
+    done = nobody.run("bundle", "status", "--root", place, "--json")
     assert json.loads(done.stdout)["confirmed"] == "a"
-    for arguments in (("status", "--recover"), ("rollback",)):
-        done = run(*arguments)
+    for command in (("status", "--recover"), ("rollback",)):
+        done = nobody.run("bundle", *command, "--root", place)
         assert done.returncode == 2
         assert "cannot be written (Permission denied)" in done.stderr
 
@@ -254,7 +275,11 @@ def test_a_device_needs_nothing_that_builds(
     sign(made, shop.pair.private, serial=1)
     root = shop.device(tmp_path / "root")
     for command in (("install", made), ("status",), ("status", "--recover"), ("verify", None)):
-        place = ((root / "current").resolve(), "--public-key", root / "trust") if command[0] == "verify" else ("--root", root)
+        place = (
+            ((root / "current").resolve(), "--public-key", root / "trust")
+            if command[0] == "verify"
+            else ("--root", root)
+        )
         words = [word for word in command if word is not None]
         process = started("bundle", *words, *place, environment=lean)
         out, error = process.communicate()
