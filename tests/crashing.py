@@ -1,8 +1,8 @@
 """Run a command of a device again and again, with a fault at another durable system call each time.
 
-``python crashing.py '{"template": DEVICE, "place": FOLDER, "arguments": [...], "fault": "end"}'``: for every n a copy of
-the device becomes FOLDER/n, and a process runs ``amoeba bundle ARGUMENTS`` on it. Before its n-th call it ends, or, by
-the fault "full", the disk is full from then on. Prints how many calls there are.
+``python crashing.py '{"template": DEVICE, "place": FOLDER, "arguments": [...], "fault": "end"}'``: for every n a copy
+of the device becomes FOLDER/n, and a process runs ``amoeba bundle ARGUMENTS`` on it. Before its n-th call it ends, or,
+by the fault "full", the disk is full from then on. Prints how many calls there are.
 """
 
 from __future__ import annotations
