@@ -70,7 +70,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise BadInput(f"{folder}: is not a bundle, it has no {MANIFEST}")
     if (folder / MANIFEST).stat().st_size > MAX_MANIFEST:
         raise BadInput(
-            f"{folder / MANIFEST}: has more than {MAX_MANIFEST >> 20} MB, as no bundle's; get the bundle again"
+            f"{folder / MANIFEST}: has more than {MAX_MANIFEST >> 20} MB, which no bundle's has; get the bundle again"
         )
     manifest = read_json(folder / MANIFEST, BUNDLE_FORMAT)
     strings = all(isinstance(manifest.get(key), str) for key in ("flow", "precision"))

@@ -25,7 +25,7 @@ from amoeba_deploy.commands.select import select
 from amoeba_deploy.commands.subnets import evaluate, extract, run
 from amoeba_deploy.commands.tune import tune
 from amoeba_deploy.commands.version import version_options
-from amoeba_deploy.errors import AmoebaError
+from amoeba_deploy.errors import AmoebaError, ToolchainMissing
 
 
 class Commands(click.Group):
@@ -50,6 +50,13 @@ class Commands(click.Group):
         except Exception as error:
             if ctx.params.get("debug"):
                 traceback.print_exc()
+            if isinstance(error, ModuleNotFoundError) and error.name:
+                from amoeba_deploy.installation import extra_of
+
+                if extra := extra_of(error.name):
+                    package, command = error.name.partition(".")[0], f"pip install 'amoeba-deploy[{extra}]'"
+                    click.echo(f"amoeba: this needs {package}, which is not installed; run {command}", err=True)
+                    ctx.exit(ToolchainMissing.exit_code)
             if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
                 from amoeba_deploy.files import system_refusal
 

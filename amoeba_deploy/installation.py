@@ -96,3 +96,15 @@ def engine_versions() -> dict[str, dict[str, str]]:
         except Exception:  # whatever another package's flow raises
             continue
     return found
+
+
+_PACKAGE_OF = {"yaml": "pyyaml", "OpenSSL": "pyopenssl"}
+"""Packages whose modules have another name."""
+
+
+def extra_of(module: str) -> str | None:
+    """The extra that brings a module, that of all builds before those of single engines; None where none does."""
+    package = plain(_PACKAGE_OF.get(module.partition(".")[0], module.partition(".")[0]))
+    known = requirements()
+    order = sorted(known, key=lambda extra: (extra not in ("build", "deliver"), extra == "all", extra))
+    return next((extra for extra in order if package in known[extra] and extra not in ("", *_OF_DEVELOPERS)), None)
