@@ -31,7 +31,8 @@ def completion(shell: str) -> None:
     found = get_completion_class(shell)
     root = click.get_current_context().find_root().command
     assert found is not None, "click has a class for each of the choices"
-    click.echo(found(root, {}, "amoeba", VARIABLE).source())
+    # click's script for fish cuts values at their commas, and flows are separated by them.
+    click.echo(found(root, {}, "amoeba", VARIABLE).source().replace('string split ","', 'string split -m 1 ","'))
 
 
 # Values
@@ -86,6 +87,8 @@ class Named(click.types.StringParamType):
 def complete_values(command: click.Command) -> None:
     """Let shells complete the devices, flows and targets of a command and of all below it."""
     kinds = {"--device": Named(device_names), "--flow": Named(flow_names, ","), "--target": Named(target_names)}
+    if command.name == "devices":
+        kinds["name"] = kinds["--device"]
     for param in command.params:
         found = next((kinds[name] for name in param.opts if name in kinds), None)
         if found is not None and isinstance(param.type, click.types.StringParamType):
