@@ -39,7 +39,10 @@ BY_FORMAT = {schema["properties"]["format"]["const"]: name for name, schema in S
 # Not JSON, so without a JSON Schema; docs/devices.md describes it.
 TOML_FORMATS = {"amoeba.device/1"}
 # Of unfinished runs and of the cache folder, for this version alone.
-RUN_FORMATS = {"amoeba.depth-table/1", "amoeba.tuning/1", "amoeba.block-rises/1"}
+RUN_FORMATS = {
+    *("amoeba.depth-table/1", "amoeba.tuning/1", "amoeba.block-rises/1"),
+    *("amoeba.build-entry/1", "amoeba.build-last/1"),
+}
 # Of one engine's folder, for that engine's backend alone; its own page describes it.
 ENGINE_FORMATS = {"amoeba.openvino/1"}
 
@@ -124,7 +127,14 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, A
     amoeba("profile", checkpoint, *which, *short, "--shapes", "3x1", "--repeats", 3, "-o", table, "--quiet")
     here = ("--device", "local", "--table", table, "--latency", "10s", "--shape", "3x1")
     amoeba("export", checkpoint, *here, *which, *short, "-o", root / "here", "--quiet")
-    sign(root / "here", make_key(root).private)
+    sign(root / "here", (key := make_key(root)).private)
+    amoeba("bundle", "install", root / "here", "--root", root / "device", "--trust", key.public, "--quiet")
+    project = root / "amoeba.toml"
+    project.write_text(
+        f'checkpoint = "{checkpoint}"\n[targets.a]\ndevice = "orin-nx"\nshape = "3x1"\nflow = ["onnx"]\n'
+        'precision = ["int8"]\nverify = false\nworkload = { prompt = 8, tokens = 8, context = 64 }\n'
+    )
+    amoeba("build", "--config", project, "--save-baseline", "--quiet")
     there = ("--device", "orin-nx", "--memory", "8GB", "--flow", "onnx", "--precision", "int4", "--no-verify")
     amoeba("export", checkpoint, *there, "--context", 96, *short, "-o", root / "there", "--quiet")
     shutil.copytree(checkpoint, root / "tuned")
@@ -162,7 +172,9 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, A
         "measured": read(root / "here" / "measured.json"),
         "measured:unverified": read(root / "there" / "measured.json"),
         "selftest": read(root / "here" / "selftest.json"),
+        "baseline": read(root / "amoeba-baseline.json"),
         "release": read(root / "here" / "release.json"),
+        "device-state": read(root / "device" / "state.json"),
         "profile-kit": read(kit / "kit.json"),
         "profile-results": kits.lines(kit)[0],
         "lines": {"of a kit": kits.lines(kit)[1:]},
@@ -230,7 +242,12 @@ DAMAGE: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
     ),
     "an item's name with a slash": ("profile-kit", lambda d: d["items"][0].update(id="a/b")),
     "weights from nowhere": ("profile-results", lambda d: d.update(weights="guessed")),
+    "a third slot": ("device-state", lambda d: d["slots"].update(c=None)),
+    "a slot that is confirmed and not there": ("device-state", lambda d: d.update(confirmed="c")),
+    "a slot without its manifest's digest": ("device-state", lambda d: d["slots"]["a"].pop("manifest")),
     "a serial below zero": ("release", lambda d: d.update(serial=-1)),
+    "a latency of no source": ("baseline", lambda d: d["targets"]["a"]["predicted"].update(source="hoped")),
+    "a target without its content": ("baseline", lambda d: d["targets"]["a"].pop("content")),
     "no fingerprint": ("measured", lambda d: d["machine"].pop("fingerprint")),
     "a verdict in words": ("measured", lambda d: d["verified"].update(greedy_tokens_equal="yes")),
     "no prompt": ("selftest", lambda d: d.update(prompt=[])),
