@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -98,19 +98,9 @@ def unable(findings: Sequence[Finding], flows: Sequence[str]) -> list[Finding]:
         BadInput: no such flow is known.
     """
     for name in flows:
-        with suppress_broken(name):
-            load_backend(name)
-    return [each for each in findings if each.kind == "flows" and each.name in flows and not each.facts["builds"]]
-
-
-@contextmanager
-def suppress_broken(name: str) -> Iterator[None]:
-    """Let pass that a known flow of another package cannot be loaded, which is among the findings."""
-    try:
-        yield
-    except AmoebaError:
         if name not in flow_names():
-            raise
+            load_backend(name)  # says which are known
+    return [each for each in findings if each.kind == "flows" and each.name in flows and not each.facts["builds"]]
 
 
 # The installation and the machine
@@ -353,34 +343,28 @@ def flow(name: str) -> Finding:
 def _flow(backend: Backend, toolchain: Toolchain) -> Finding:
     lacks_build = missing_of("build")
     lacks_engine = [name for name in toolchain.missing if plain(name) not in requirements().get("build", ())]
-    lacks = [*lacks_engine, *lacks_build]
-    cannot = _cannot_run(backend, toolchain)
+    lacks, cannot = [*lacks_engine, *lacks_build], _cannot_run(backend, toolchain)
+    install = _install(backend.flow, toolchain, lacks_engine, lacks_build)
     facts = {
         "builds": not lacks,
         "runs": cannot is None,
         "versions": dict(toolchain.versions),
         "missing": lacks,
-        "install": _install(backend.flow, toolchain, lacks_engine, lacks_build),
+        "install": install,
         "cannot_run": cannot,
     }
-    able = {(True, True): "builds and runs", (True, False): "builds", (False, True): "runs", (False, False): "neither"}
-    said = able[not lacks, cannot is None]
-    if said == "neither":
-        said = "not installed" if not toolchain.versions else "neither builds nor runs"
+    able = [word for word, holds in (("builds", not lacks), ("runs", cannot is None)) if holds]
+    said = " and ".join(able) or ("neither builds nor runs" if toolchain.versions else "not installed")
     if toolchain.versions:
         said += ": " + ", ".join(f"{name} {version}" for name, version in toolchain.versions.items())
     if not lacks:
-        return Finding(
-            "flows", backend.flow, "ok", said + (f"; does not run here: {cannot}" if cannot else ""), "", facts
-        )
-    return Finding(
-        "flows",
-        backend.flow,
-        "missing",
-        f"{said}; to build it lacks {', '.join(lacks)}",
-        f"run {facts['install']}",
-        facts,
-    )
+        said += f"; does not run here: {cannot}" if cannot else ""
+        return Finding("flows", backend.flow, "ok", said, facts=facts)
+    said += f"; to build it lacks {', '.join(lacks)}"
+    todo = f"run {install}"
+    if cannot and f"device-{backend.flow}" in requirements():
+        todo += f", or on a device that only runs it pip install 'amoeba-deploy[device-{backend.flow}]'"
+    return Finding("flows", backend.flow, "missing", said, todo, facts)
 
 
 def _install(flow: str, toolchain: Toolchain, engine: Sequence[str], build: Sequence[str]) -> str | None:
