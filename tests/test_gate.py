@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from projects import Project, project
+from signers import make_key
 
 from amoeba_deploy.errors import BadInput
 from amoeba_deploy.project.gate import Gate
@@ -186,3 +187,13 @@ def test_a_wrong_gate_or_baseline_is_said_before_anything_is_built(project: Proj
     (tmp_path / "damaged.json").write_text('{"format": "amoeba.baseline/1", "targets": [1]}')
     assert "lacks 'targets'" in project.run("--baseline", tmp_path / "damaged.json").stderr
     assert not (project.folder / "dist").exists()
+
+
+def test_a_target_that_breaks_a_gate_is_not_signed(project: Project) -> None:
+    make_key(project.folder, "own")
+    project.write('[defaults]\nprivate-key = "own.key"\n' + project.config.read_text())
+    first = project.build()["targets"][0]["figures"]["bytes"]
+    found = project.build("--sign", "--fail-if", f"size > {first + 1}", code=5)
+    assert [each["broken"] for each in found["gates"]] == [False, True]
+    assert [each["signed"] is not None for each in found["targets"]] == [True, False]
+    assert not (project.folder / "dist" / "second" / "model.sig").exists()

@@ -71,71 +71,33 @@ def build(
     amoeba build --target kiosk --explain
     amoeba build --jobs 4 --sign --push --junit build.xml --fail-if 'size > 1.1 * baseline'
     """
-    from amoeba_deploy.project.baseline import read_baseline, write_baseline
-    from amoeba_deploy.project.cache import BuildCache
-    from amoeba_deploy.project.config import load_project
-    from amoeba_deploy.project.gate import Gate
-    from amoeba_deploy.project.pipeline import Build
-    from amoeba_deploy.project.planned import plan
     from amoeba_deploy.project.report import append_summary, markdown, write_junit
-    from amoeba_deploy.project.shipping import pushed, signed
+    from amoeba_deploy.project.whole import Wishes, build_project
 
-    loaded, cache, progress = load_project(config), BuildCache(), Progress(quiet)
-    settings = loaded.project.build
-    gates = [Gate(text).check() for text in (*settings.fail_if, *conditions)]
-    file = baseline or loaded.path(settings.baseline)
-    stored = read_baseline(file) if file.is_file() or (baseline is not None and not save_baseline) else {}
-    planned = plan(loaded, targets, cache, force)
-    whole = Build(loaded, cache, progress, jobs or settings.jobs, force)
-    if dry_run:
-        results = whole.foreseen(planned)
-    else:
-        results = whole.run(planned)
-        results = [signed(loaded, result, serial) for result in results] if sign else results
-        results = [pushed(loaded, result, tag, plain_http, progress) for result in results] if push else results
-    verdicts = [
-        gate.judge(result.name, result.figures, stored.get(result.name))
-        for gate in gates
-        for result in results
-        if result.good and result.figures is not None
-    ]
+    wishes = Wishes(
+        config,
+        targets,
+        jobs,
+        dry_run=dry_run,
+        force=force,
+        conditions=conditions,
+        baseline=baseline,
+        save_baseline=save_baseline,
+        sign=sign,
+        serial=serial,
+        push=push,
+        tag=tag,
+        plain_http=plain_http,
+    )
+    done = build_project(wishes, Progress(quiet))
     if junit is not None:
-        write_junit(junit, results, verdicts)
+        write_junit(junit, done.results, done.verdicts)
     if summary is not None:
-        append_summary(summary, markdown(results, verdicts))
-    error = _failure(results, verdicts)
-    if save_baseline and error is None and not dry_run:
-        write_baseline(file, results, stored)
-    value = {
-        "config": str(config),
-        "targets": [result.to_json() for result in results],
-        "gates": [verdict.to_json() for verdict in verdicts],
-        "cache": str(cache.folder),
-    }
-    emit(value, as_json, lambda: _print(results, verdicts, explain or dry_run))
+        append_summary(summary, markdown(done.results, done.verdicts))
+    emit(done.to_json(), as_json, lambda: _print(done.results, done.verdicts, explain or dry_run))
+    error = done.failure()
     if error is not None:
         raise error
-
-
-def _failure(results: Sequence[Result], verdicts: Sequence[Verdict]) -> Exception | None:
-    """The failure of a build as a whole: that of its first target which failed, else of its gates."""
-    from amoeba_deploy.errors import AmoebaError, VerificationFailed, with_code
-
-    failed = [result for result in results if not result.good]
-    if failed:
-        first = next((result for result in failed if result.state == "failed"), failed[0])
-        names = ", ".join(result.name for result in failed)
-        said = f"{len(failed)} of {len(results)} targets were not built ({names}); {first.name}: {first.reason}"
-        return with_code(first.exit_code, said) if first.exit_code else AmoebaError(said)
-    broken = [verdict for verdict in verdicts if verdict.broken]
-    if broken:
-        first_gate = broken[0]
-        more = f"; {len(broken) - 1} more gates are broken" if len(broken) > 1 else ""
-        return VerificationFailed(
-            f"{first_gate.target} breaks the gate '{first_gate.condition}': {first_gate.said}{more}; look at what "
-            f"changed, or store a new baseline with --save-baseline"
-        )
-    return None
 
 
 def _print(results: Sequence[Result], verdicts: Sequence[Verdict], explain: bool) -> None:
