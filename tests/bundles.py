@@ -7,16 +7,19 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 from conftest import amoeba
 from signers import KeyPair, make_key
 
 from amoeba_deploy.bundle import read_manifest, run_selftest, write_manifest
 from amoeba_deploy.delivery.signing import sign
+from amoeba_deploy.device import health
 from amoeba_deploy.device.slots import current_slot, slot_folder, verify_slot
 from amoeba_deploy.device.state import State, read_state
 
@@ -100,6 +103,14 @@ def started(*arguments: object, environment: Mapping[str, str] | None = None, **
         env={**os.environ, **(environment or {})},
         **options,
     )
+
+
+@contextmanager
+def checked_here() -> Iterator[None]:
+    """Let health checks open their engines in this process, which takes a third of a second less."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(health, "_checked_apart", lambda folder, wanted: health.probe(folder, wanted.tolerance))
+        yield
 
 
 def install(source: object, root: Path, *options: object) -> dict[str, Any]:

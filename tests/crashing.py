@@ -41,9 +41,11 @@ class Faulty:
             return real
 
         def call(*arguments: Any, **named: Any) -> Any:
+            if name == "open" and not arguments[1] & os.O_CREAT:
+                return real(*arguments, **named)  # to read, or to sync
             if self.left == 0 and self.fault == "end":
                 os._exit(ENDED)
-            if self.left == 0 and needs_room(name, arguments):
+            if self.left == 0 and needs_room(name):
                 self.reached = True
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(arguments[-1]))
             self.left = max(0, self.left - 1)
@@ -52,9 +54,9 @@ class Faulty:
         return call
 
 
-def needs_room(name: str, arguments: tuple[Any, ...]) -> bool:
+def needs_room(name: str) -> bool:
     """Whether a call can fail on a full disk."""
-    return name in ("write", "symlink", "mkdir") or (name == "open" and bool(arguments[1] & os.O_CREAT))
+    return name in ("open", "write", "symlink", "mkdir")
 
 
 def run_one(root: Path, arguments: list[str], last: int, fault: str) -> int:

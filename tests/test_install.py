@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
-from bundles import Shop, change, check_confirmed, check_running, install, own_copy, spoil_weights, step
+from bundles import Shop, change, check_confirmed, checked_here, install, own_copy, spoil_weights, step
 from click.testing import Result
 from conftest import amoeba, sentence
 from signers import make_authority, make_certificate, make_key
@@ -24,6 +24,13 @@ from amoeba_deploy.device.state import read_state
 
 FLIPS = 120
 """Single bytes of a bundle that are changed, one after the other."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick() -> Iterator[None]:
+    """Engines are tried in this process; test_install_health.py is of the process that does it."""
+    with checked_here():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -161,14 +168,6 @@ def test_a_bundle_that_was_left_is_installed_when_it_is_asked_for(device: Path, 
 
 def test_there_is_nothing_to_roll_back_to(device: Path) -> None:
     assert "keeps no bundle to go back to" in sentence(amoeba("bundle", "rollback", "--root", device, "--quiet"), 2)
-
-
-def test_room_is_made_by_giving_up_what_is_kept(device: Path, shop: Shop, eight: Path) -> None:
-    install(eight, device)
-    nine = shop.release(9, "nine-too-slow", budget={"metric": "tpot", "ms": 1e-6, "memory_bytes": None})
-    sentence(try_install(nine, device, "--drop-previous"), 5)
-    state = check_confirmed(device)
-    assert (state.confirmed, state.previous) == ("b", None)
 
 
 def test_steps_run_in_the_slot_and_what_they_make_is_verified_later(device: Path, shop: Shop) -> None:
@@ -401,92 +400,9 @@ def test_an_engine_that_is_not_installed(device: Path, eight: Path, monkeypatch:
     assert check_confirmed(device).confirmed == "a"
 
 
-def test_an_engine_that_only_its_own_tools_run(
-    refused: Refused, device: Path, eight: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from amoeba_deploy.backends import onnx
-
-    monkeypatch.setattr(onnx.BACKEND.__class__, "opens", False)
-    assert "give a command that tries it with --health" in refused(6, eight)
-    sentence(try_install(eight, device, "--health", "false"), 5)
-    done = install(eight, device, "--retry", "--health", "test -d engine -o -d current/engine")
-    assert done["health"]["selftest_tokens"] is None
-
-
 @pytest.mark.parametrize("entry", ["predicted", "identity", "steps", "budget", "device"])
 def test_a_damaged_manifest_that_is_signed(refused: Refused, shop: Shop, entry: str) -> None:
     assert "manifest.json" in refused(2, shop.release(8, f"damaged-{entry}", **{entry: 7}))
-
-
-# Health.
-
-
-def test_an_engine_that_is_too_slow_is_rolled_back(device: Path, shop: Shop) -> None:
-    slow = shop.release(9, "slow", budget={"metric": "tpot", "ms": 1e-6, "memory_bytes": None})
-    said = sentence(try_install(slow, device), 5)
-    assert "is not healthy here: its TPOT is" in said
-    assert said.endswith("what ran before runs again")
-    state = check_confirmed(device)
-    assert (state.confirmed, state.highest_serial) == ("a", 7)
-    assert "install another, or this one with --retry" in sentence(try_install(slow, device), 5)
-    install(slow, device, "--retry", "--no-health-latency")
-    state = check_confirmed(device)
-    assert (state.confirmed, state.refused) == ("b", None)
-
-
-@pytest.mark.parametrize("metric", ["tpot", "ttft", "e2e"])
-def test_latency_is_measured_against_the_budget(empty: Path, shop: Shop, metric: str) -> None:
-    made = shop.release(8, f"budget-{metric}", budget={"metric": metric, "ms": 5e4, "memory_bytes": None})
-    health = install(made, empty, "--tolerance", 0.5)["health"]
-    assert (health["metric"], health["limit_ms"]) == (metric, 7.5e4)
-    assert 0 < health["measured_ms"] < health["limit_ms"]
-
-
-def test_an_engine_that_gives_other_tokens_although_its_digests_fit(device: Path, copy: Path, shop: Shop) -> None:
-    sign(spoil_weights(copy), shop.pair.private, serial=9)
-    said = sentence(try_install(copy, device), 5)
-    assert "the engine gives token" in said
-    assert "what ran before runs again" in said
-    assert check_confirmed(device).confirmed == "a"
-
-
-def test_an_unhealthy_first_bundle_leaves_nothing(empty: Path, copy: Path, shop: Shop) -> None:
-    sign(spoil_weights(copy), shop.pair.private, serial=9)
-    assert "nothing runs, as before" in sentence(try_install(copy, empty), 5)
-    assert check_running(empty) is None
-    assert "nothing is installed" in amoeba("bundle", "status", "--root", empty).stdout
-
-
-@pytest.mark.parametrize(
-    ("command", "said"),
-    [
-        ("sh -c 'echo not answering >&2; exit 7'", "ended with status 7: not answering"),
-        ("sh -c 'kill -11 $$'", "ended with SIGSEGV"),
-        ("no-such-command", "does not start"),
-    ],
-)
-def test_a_health_command_that_fails(device: Path, eight: Path, command: str, said: str) -> None:
-    assert said in sentence(try_install(eight, device, "--health", command), 5)
-    assert check_confirmed(device).confirmed == "a"
-
-
-def test_a_health_command_sees_the_new_bundle_through_the_link(device: Path, eight: Path) -> None:
-    install(eight, device, "--health", 'sh -c "cmp $AMOEBA_BUNDLE/release.json slots/b/release.json"')
-    check_confirmed(device)
-
-
-def test_an_engine_that_never_answers(device: Path, eight: Path) -> None:
-    said = sentence(try_install(eight, device, "--health", "sleep 1000", "--health-timeout", "2s"), 5)
-    assert "did not answer in 2 s" in said
-    assert check_confirmed(device).confirmed == "a"
-
-
-def test_a_rollback_to_what_is_not_healthy_any_more_is_undone(device: Path, eight: Path) -> None:
-    install(eight, device)
-    said = sentence(amoeba("bundle", "rollback", "--root", device, "--quiet", "--health", "false"), 5)
-    assert "what ran before runs again" in said
-    state = check_confirmed(device)
-    assert (state.confirmed, state.previous) == ("b", "a")
 
 
 # What was tampered with on the device.

@@ -52,7 +52,7 @@ def with_seven(shop: Shop, seven: Path, tmp_path_factory: pytest.TempPathFactory
 
 def test_two_installs_at_once(with_seven: Path, eight: Path, tmp_path: Path) -> None:
     root = copy_device(with_seven, tmp_path / "root")
-    first = started("bundle", "install", eight, "--root", root, "--health", "sleep 3", "--quiet")
+    first = started("bundle", "install", eight, "--root", root, "--health", "sleep 2", "--quiet")
     while read_state(root).pending is None:
         time.sleep(0.01)
     for command in (("install", eight), ("rollback",), ("status", "--recover")):
@@ -125,10 +125,10 @@ def test_a_disk_that_is_full_at_any_stage(with_seven: Path, eight: Path, tmp_pat
     check.write_text(f"import sys\nsys.path.insert(0, {str(ROOT / 'tests')!r})\n{CHECK}")
     kept, new = pages(with_seven), pages(eight)
     # While it is copied; a byte more and less than it needs; while the step writes; at the last small files.
-    sizes = [kept + 8192, *(kept + new * part // 4 for part in (1, 2, 3)), kept + new, kept + new + 16384]
-    sizes += [kept + new + more * MIB // 4 for more in (1, 2, 3, 4)]
-    sizes += [kept + new + MIB + more * 4096 for more in (8, 12, 16, 20, 24, 32, 64)]
-    outcomes = []
+    sizes = [kept + 8192, *(kept + new * part // 4 for part in (1, 3)), kept + new, kept + new + 16384]
+    sizes += [kept + new + more * MIB // 2 for more in (1, 2)]
+    sizes += [kept + new + MIB + more * 4096 for more in (8, 16, 24, 64)]
+    outcomes: list[tuple[int, str]] = []
     for number, size in enumerate(sizes):
         (root := tmp_path / f"root-{number}").mkdir()
         (logs := tmp_path / f"logs-{number}").mkdir()
@@ -146,9 +146,10 @@ def test_a_disk_that_is_full_at_any_stage(with_seven: Path, eight: Path, tmp_pat
             assert "Traceback" not in said
             outcomes.append((status, said.partition(": ")[2]))
     full = [said for _, said in outcomes if "No space left" in said]
-    assert len(full) >= 8, outcomes
+    assert len(full) >= 6, outcomes
     assert {status for status, said in outcomes if "No space left" in said} <= {1, 2}
     assert len(outcomes) < len(sizes)
+    print(outcomes)
 
 
 # A user who may write nowhere else.
