@@ -366,6 +366,12 @@ def test_a_bundle_for_another_name(refused: Refused, shop: Shop) -> None:
     assert "was built for the device orin-nx, and this one is raspberry-pi-5" in said
 
 
+def test_a_name_that_is_no_text(device: Path, eight: Path) -> None:
+    (device / "device").write_bytes(b"\xff\xfe")
+    sentence(try_install(eight, device), 2)
+    check_confirmed(device)
+
+
 def test_a_device_keeps_its_name(refused: Refused, seven: Path) -> None:
     assert "says that this device is raspberry-pi-5" in refused(2, seven, "--device", "orin-nx")
 
@@ -533,6 +539,13 @@ def test_sources_that_are_none(refused: Refused, tmp_path: Path) -> None:
     assert "names no registry" in refused(2, "stories")
     (tmp_path / "file.tar.zst").write_text("x")
     refused(2, tmp_path / "file.tar.zst")
+
+
+@pytest.mark.parametrize("name", ["current", "slots/a", "staging/bundle"])
+def test_a_source_in_the_devices_own_folder(device: Path, seven: Path, name: str) -> None:
+    shutil.copytree(seven, device / "staging" / "bundle")
+    assert "lies in the device's own folder" in sentence(try_install(device / name, device), 2)
+    assert (device / "staging" / "bundle" / "manifest.json").is_file()
 
 
 def test_status_of_no_folder(tmp_path: Path) -> None:

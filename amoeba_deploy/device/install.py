@@ -24,6 +24,7 @@ from amoeba_deploy.device.health import Health, HealthCheck, check_health
 from amoeba_deploy.device.lock import locked
 from amoeba_deploy.device.slots import (
     DEVICE,
+    SLOT_FOLDER,
     STAGING,
     TRUST,
     empty_slot,
@@ -151,6 +152,7 @@ def install(text: str, root: Path, options: InstallOptions, progress: Progress) 
     """
     root = root.absolute()
     source = find_source(text, options.plain_http)
+    _check_apart(text, root)
     with locked(root, options.wait), within(root):
         state, done = recovered(root)
         for each in done:
@@ -167,10 +169,21 @@ def install(text: str, root: Path, options: InstallOptions, progress: Progress) 
         return Installed(**{**vars(installed), "recovered": tuple(done)})
 
 
+def _check_apart(text: str, root: Path) -> None:
+    """Raise BadInput where a source lies in a part of the device's folder that an install may empty."""
+    path = Path(text)
+    for name in (STAGING, SLOT_FOLDER):
+        if path.exists() and (root / name).resolve() in (path.resolve(), *path.resolve().parents):
+            raise BadInput(
+                f"{text}: lies in the device's own folder {root / name}, which installs empty; put it elsewhere, or go "
+                f"back with 'amoeba bundle rollback --root {root}'"
+            )
+
+
 def check_device(root: Path, asked: str | None) -> str | None:
     """The name that this device has; raises BadInput where it is asked to be another."""
     file = root / DEVICE
-    known = file.read_text(encoding="utf-8").strip() if file.is_file() else None
+    known = file.read_text(encoding="utf-8", errors="replace").strip() if file.is_file() else None
     if known and asked and known != asked:
         raise BadInput(f"{file}: says that this device is {known}, and --device says {asked}; give the right one")
     return known or None

@@ -33,6 +33,10 @@ def locked(root: Path, wait: bool = False) -> Iterator[None]:
                 f"{root}: another install, rollback or recovery is at work there; try again when it is done, or add "
                 f"--wait"
             ) from None
+        except OSError as error:
+            raise BadInput(
+                f"{root / LOCK}: cannot be locked ({error.strerror}); choose a folder on a disk of this machine"
+            ) from None
         yield
     finally:
         os.close(descriptor)

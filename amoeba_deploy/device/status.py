@@ -82,6 +82,8 @@ def status(root: Path) -> Status:
     if not root.is_dir():
         raise BadInput(f"{root}: is no folder; install a bundle there with 'amoeba bundle install'")
     state, current = read_state(root), current_slot(root)
+    while state != (after := read_state(root)):  # a command is at work
+        state, current = after, current_slot(root)
     if current not in (state.confirmed, state.pending):
         raise VerificationFailed(
             f"{root / CURRENT}: names slot {current}, and {state.confirmed or 'none'} is confirmed; run 'amoeba bundle "
