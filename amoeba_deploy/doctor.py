@@ -250,8 +250,13 @@ def cache_findings() -> list[Finding]:
 
 def temporary() -> Finding:
     """The folder of temporary files, into which engines are built first."""
-    folder = Path(tempfile.gettempdir())
-    return _room("temporary", str(folder), {"path": str(folder), "free_bytes": shutil.disk_usage(folder).free})
+    try:
+        folder = Path(tempfile.gettempdir())
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        said = f"no folder for temporary files can be written ({error.strerror})"
+        return Finding("cache", "temporary", "problem", said, "set TMPDIR to a folder that can")
+    return _room("temporary", str(folder), {"path": str(folder), "free_bytes": free})
 
 
 def _room(name: str, said: str, facts: Mapping[str, Any]) -> Finding:
@@ -277,9 +282,10 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 def _bytes(path: Path) -> int:
     total = 0
-    for place in (path, *path.rglob("*")):
-        with suppress(OSError):
-            total += place.lstat().st_size if place.is_file() else 0
+    for folder, _, names in os.walk(path):
+        for file in (Path(folder, name) for name in names):
+            with suppress(OSError):
+                total += 0 if file.is_symlink() else file.stat().st_size
     return total
 
 

@@ -447,13 +447,13 @@ def test_an_action_without_inputs_calls_build_alone(recorded: Callable[..., list
 
 def test_every_input_becomes_an_option(recorded: Callable[..., list[str]]) -> None:
     words = recorded(
-        targets="kiosk, shelf\n desk", jobs="2", baseline="b.json", sign="true", push="true", tag="v1",
+        targets="kiosk, shelf\n desk", jobs="2", baseline="b.json", sign="true", serial="7", push="true", tag="v1",
         fail_if="size > 1MB\n\n  \nloss > baseline + 0.02\n",
     )  # fmt: skip
     assert words[5:] == [
         *("--target=kiosk", "--target=shelf", "--target=desk"),
         *("--fail-if=size > 1MB", "--fail-if=loss > baseline + 0.02", "--jobs=2", "--baseline=b.json"),
-        *("--sign", "--push", "--tag=v1"),
+        *("--sign", "--serial=7", "--push", "--tag=v1"),
     ]
     check_command(words)
 

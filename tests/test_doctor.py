@@ -434,3 +434,12 @@ def test_a_disk_with_little_room_is_a_problem_and_the_way_out_is_told(monkeypatc
     assert found["problems"] == ["cache.cache", "cache.temporary"]
     assert "amoeba cache prune" in found["cache"]["cache"]["todo"]
     assert "TMPDIR" in found["cache"]["temporary"]["todo"]
+
+
+def test_a_machine_without_a_folder_for_temporary_files_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> str:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
+
+    monkeypatch.setattr(doctor.tempfile, "gettempdir", refuse)
+    assert doctor.temporary().state == "problem"
+    assert "TMPDIR" in doctor.temporary().todo

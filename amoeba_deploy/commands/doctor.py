@@ -36,12 +36,14 @@ def doctor(flows: tuple[str, ...], as_json: bool, quiet: bool) -> None:
 
 
 def _print(findings: Sequence[Finding]) -> None:
-    labels = [f"{each.kind.removesuffix('s')} {each.name}" for each in findings]
-    names = [
-        label if each.kind in ("flows", "extras") else each.name for label, each in zip(labels, findings, strict=True)
-    ]
-    width = max(map(len, names))
-    for name, each in zip(names, findings, strict=True):
-        click.echo(f"{name.ljust(width)}  {each.state.ljust(7)}  {each.said}" + (f"; {each.todo}" if each.todo else ""))
+    width = max(len(_label(each)) for each in findings)
+    for each in findings:
+        todo = f"; {each.todo}" if each.todo else ""
+        click.echo(f"{_label(each).ljust(width)}  {each.state.ljust(7)}  {each.said}{todo}")
     states = [each.state for each in findings]
     click.echo(f"{states.count('problem')} problems, {states.count('missing')} not installed")
+
+
+def _label(found: Finding) -> str:
+    kind = {"flows": "flow ", "extras": "extra "}.get(found.kind, "")
+    return kind + found.name
