@@ -366,11 +366,18 @@ def _flow(backend: Backend, toolchain: Toolchain) -> Finding:
     if not lacks:
         said += f"; does not run here: {cannot}" if cannot else ""
         return Finding("flows", backend.flow, "ok", said, facts=facts)
-    said += f"; to build it lacks {', '.join(lacks)}"
+    said += f"; to build it lacks {_listed(lacks)}"
     todo = f"run {install}"
     if cannot and f"device-{backend.flow}" in requirements():
         todo += f", or on a device that only runs it pip install 'amoeba-deploy[device-{backend.flow}]'"
     return Finding("flows", backend.flow, "missing", said, todo, facts)
+
+
+def _listed(packages: Sequence[str]) -> str:
+    """Names for people; those that all builds need are told once, by the extra that brings them."""
+    build = requirements().get("build", frozenset())
+    others = [name for name in packages if plain(name) not in build]
+    return ", ".join([*others, *(["the extra build"] if len(others) < len(packages) else [])])
 
 
 def _install(flow: str, toolchain: Toolchain, engine: Sequence[str], build: Sequence[str]) -> str | None:
@@ -406,7 +413,8 @@ def extras() -> Iterator[Finding]:
         lacks = missing_of(name)
         facts = {"needed_for": what, "missing": lacks}
         if lacks:
+            said = ", ".join(lacks) if name == "build" else _listed(lacks)
             todo = f"run pip install 'amoeba-deploy[{name}]'"
-            yield Finding("extras", name, "missing", f"for {what}; lacks {', '.join(lacks)}", todo, facts)
+            yield Finding("extras", name, "missing", f"for {what}; lacks {said}", todo, facts)
         else:
             yield Finding("extras", name, "ok", f"for {what}", facts=facts)
