@@ -107,6 +107,10 @@ def test_a_shell_completes_the_targets_of_the_project(complete: Complete, tmp_pa
     assert complete("amoeba", "build", "--target", "ki") == ["kiosk", "kitchen"]
 
 
+def test_a_shell_completes_a_command_where_a_path_could_stand(complete: Complete) -> None:
+    assert complete("amoeba", "profile", "ki") == ["kit"]
+
+
 def test_a_broken_project_completes_to_nothing(complete: Complete, tmp_path: Path) -> None:
     (tmp_path / "amoeba.toml").write_text("[targets\n")
     assert complete("amoeba", "build", "--target", "ki") == []

@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 from click.shell_completion import CompletionItem, get_completion_class
 
+from amoeba_deploy.commands.common import WithSubcommands
 from amoeba_deploy.settings import SETTINGS
 
 VARIABLE = "_AMOEBA_COMPLETE"
@@ -84,6 +85,18 @@ class Named(click.types.StringParamType):
         return [CompletionItem(before + mark + name) for name in names if name.startswith(started) and name not in used]
 
 
+class PathOrCommand(click.Path):
+    """A path, in whose place one of some commands may stand."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        super().__init__(path_type=Path)
+        self._commands = tuple(names)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        names = [CompletionItem(name) for name in self._commands if name.startswith(incomplete)]
+        return [*super().shell_complete(ctx, param, incomplete), *names]  # bash forgets what comes before a path
+
+
 def complete_values(command: click.Command) -> None:
     """Let shells complete the devices, flows and targets of a command and of all below it."""
     kinds = {"--device": Named(device_names), "--flow": Named(flow_names, ","), "--target": Named(target_names)}
@@ -93,6 +106,8 @@ def complete_values(command: click.Command) -> None:
         found = next((kinds[name] for name in param.opts if name in kinds), None)
         if found is not None and isinstance(param.type, click.types.StringParamType):
             param.type = found
+        if isinstance(command, WithSubcommands) and param.name == "checkpoint":
+            param.type = PathOrCommand(command.commands)
     below: dict[str, click.Command] = getattr(command, "commands", {})
     for each in below.values():
         complete_values(each)
