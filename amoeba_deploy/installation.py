@@ -106,5 +106,7 @@ def extra_of(module: str) -> str | None:
     """The extra that brings a module, that of all builds before those of single engines; None where none does."""
     package = plain(_PACKAGE_OF.get(module.partition(".")[0], module.partition(".")[0]))
     known = requirements()
-    order = sorted(known, key=lambda extra: (extra not in ("build", "deliver"), extra == "all", extra))
+    order = sorted(
+        known, key=lambda extra: (extra not in ("build", "deliver"), extra == "all", extra.startswith("device"), extra)
+    )
     return next((extra for extra in order if package in known[extra] and extra not in ("", *_OF_DEVELOPERS)), None)

@@ -443,3 +443,31 @@ def test_a_machine_without_a_folder_for_temporary_files_is_told_of(monkeypatch: 
     monkeypatch.setattr(doctor.tempfile, "gettempdir", refuse)
     assert doctor.temporary().state == "problem"
     assert "TMPDIR" in doctor.temporary().todo
+
+
+def test_every_missing_module_is_named_with_the_extra_that_brings_it() -> None:
+    from amoeba_deploy.installation import extra_of
+
+    known = {"torch": "build", "yaml": "build", "OpenSSL": "deliver", "onnx": "onnx", "gguf": "gguf", "pymoo": "search"}
+    assert {module: extra_of(module) for module in known} == known
+    assert extra_of("model_signing.signing") == "deliver"
+    assert extra_of("no_such_module") is None
+
+
+def test_a_command_that_lacks_a_package_says_which_extra_has_it(tmp_path: Path) -> None:
+    script = (
+        "import sys\n"
+        "class Absent:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.partition('.')[0] == 'torch':\n"
+        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
+        "sys.meta_path.insert(0, Absent())\n"
+        "from amoeba_deploy.cli import main\n"
+        "main(sys.argv[1:])\n"
+    )
+    text = tmp_path / "text.txt"
+    text.write_text("Once upon a time. " * 2000)
+    command = [sys.executable, "-c", script, "evaluate", "--text", str(text)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 6, done.stderr
+    assert "this needs torch, which is not installed; run pip install 'amoeba-deploy[build]'" in done.stderr

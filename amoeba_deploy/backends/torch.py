@@ -114,7 +114,7 @@ class DenseFolderBackend(Backend):
 
     def toolchain(self) -> Toolchain:
         versions, missing = installed_versions(("torch", "transformers"))
-        return Toolchain(versions, missing, "pip install amoeba-deploy")
+        return Toolchain(versions, missing, "pip install 'amoeba-deploy[build]'")
 
     def cannot_run(self, precision: str, options: BuildOptions) -> str | None:
         if options.settings.get("device") == "cuda":
