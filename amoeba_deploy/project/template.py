@@ -26,7 +26,7 @@ TEMPLATE = """\
 workload = {{ batch = 1, prompt = 128, tokens = 32 }}
 # private-key = "env:AMOEBA_SIGNING_KEY"  # for 'amoeba build --sign': a PEM file, or env:NAME
 
-[targets.{name}]
+[targets.{key}]
 device = "{device}"                       # a name of 'amoeba devices', or the path of your own device file
 latency = "40ms"                          # time per output token; metric = "ttft" or "e2e" bounds those
 # memory = "8GB"                          # never above what the device has
@@ -43,7 +43,8 @@ def template(checkpoint: str | None = None, device: str = "orin-nx", name: str =
     line = '# checkpoint = "checkpoint"               # the one that ships in the package where left out'
     if checkpoint is not None:
         line = f'checkpoint = "{checkpoint}"'
-    return TEMPLATE.format(schema=SCHEMA, checkpoint=line, device=device, name=name)
+    key = f'"{name}"' if "." in name else name
+    return TEMPLATE.format(schema=SCHEMA, checkpoint=line, device=device, key=key, name=name)
 
 
 def write_project(folder: Path, checkpoint: str | None, device: str, name: str, force: bool) -> list[Path]:
