@@ -78,6 +78,12 @@ def test_it_holds_under_another_name_and_in_another_place(signed: Path, pair: Ke
     assert verify_signature(moved, Trust.of([pair.public])).signer == pair.public.name
 
 
+def test_it_holds_by_way_of_a_link_to_its_folder(signed: Path, pair: KeyPair, tmp_path: Path) -> None:
+    (tmp_path / "current").symlink_to(signed)
+    found = amoeba("bundle", "verify", tmp_path / "current", "--public-key", pair.public, "--quiet")
+    assert found.exit_code == 0, found.output
+
+
 def test_one_trusted_key_among_several_is_enough(signed: Path, pair: KeyPair, tmp_path: Path) -> None:
     others = [make_key(tmp_path / "trust", f"other{index}").public for index in range(3)]
     shutil.copyfile(pair.public, tmp_path / "trust" / "z.pub")

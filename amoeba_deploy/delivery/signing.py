@@ -118,6 +118,7 @@ def verify_signature(folder: Path, trust: Trust) -> Signed:
         BadInput: no key is trusted, or one cannot be read.
     """
     require_signing()
+    folder = folder.resolve()  # the library refuses a folder that is a link
     if not trust:
         raise BadInput("no key is trusted; give a public key that signatures are held against")
     statement = read_statement(folder)
