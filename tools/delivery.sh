@@ -149,12 +149,13 @@ show "amoeba-device bundle install $registry/acme/kiosk:stable --root device"
 show 'amoeba-device bundle status --root device'
 show 'amoeba-device run device/current -p "Question: What is the job of Faiven? Answer:" --tokens 2'
 
-say "release 5, killed on its way: what ran runs on, and the next try installs it"
+say "release 5, killed between the switch and its confirmation: what ran runs again, and the next try installs it"
 show 'amoeba-builder build --target shelf --sign --serial 5 --push --force --quiet'
-printf '\n$ amoeba-device bundle install %s/acme/shelf:stable --root device & sleep 0.6; kill -9 $!\n' "$registry"
+printf '\n$ amoeba-device bundle install %s/acme/shelf:stable --root device    # kill -9 when it has switched\n' "$registry"
 setsid sh -c "exec ./amoeba-device bundle install $registry/acme/shelf:stable --root device" > /dev/null 2>&1 &
 killed=$!
-sleep 0.6
+until grep -q '"pending": "' device/state.json; do sleep 0.01; done
+sleep 0.05
 kill -9 "-$killed" 2> /dev/null || kill -9 "$killed" 2> /dev/null || true
 wait "$killed" 2> /dev/null || true
 show 'amoeba-device bundle status --root device --recover'
