@@ -368,6 +368,18 @@ def test_a_killed_build_leaves_nothing_half_written_and_the_next_completes(proje
         verify_files(project.folder / "dist" / name)
 
 
+def test_the_processes_of_a_killed_build_end_with_it(project: Project) -> None:
+    process = subprocess.Popen(command(project, "--jobs", "2"), stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    while "building onnx" not in process.stderr.readline():
+        pass
+    process.kill()
+    process.stderr.read()  # ends when no process that writes there is left
+    process.wait()
+    time.sleep(0.5)
+    assert not [name for name in ("first", "second") if (project.folder / "dist" / name).exists()]
+
+
 def test_a_build_that_is_asked_to_end_ends_with_its_processes(project: Project) -> None:
     process = subprocess.Popen(command(project, "--jobs", "2"), stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import concurrent.futures as futures
+import ctypes
 import graphlib
 import multiprocessing
 import os
+import signal
 import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +32,8 @@ from amoeba_deploy.project.target_build import build_target
 UNCHANGED: State = "unchanged"
 RESTORED: State = "restored"
 BUILT: State = "built"
+_PR_SET_PDEATHSIG = 1
+"""Of prctl(2)."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +114,10 @@ def _make_elsewhere(task: _Task) -> Result:
     return maker.make(task.one)
 
 
-def _share_cores(processes: int) -> None:
-    """Let the libraries of a process use its share of the cores."""
+def _begin_process(processes: int) -> None:
+    """Let the libraries of a process use its share of the cores, and end it when the one that began it ends."""
+    with suppress(OSError, AttributeError):  # on Linux only
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     share = str(max(1, threads() // processes))
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ.setdefault(name, share)
@@ -218,7 +224,7 @@ class _Pool:
     def __init__(self, processes: int) -> None:
         context = multiprocessing.get_context("spawn")
         self._pool = futures.ProcessPoolExecutor(
-            processes, mp_context=context, initializer=_share_cores, initargs=(processes,)
+            processes, mp_context=context, initializer=_begin_process, initargs=(processes,)
         )
 
     def submit(self, maker: Maker, one: Planned) -> futures.Future[Result]:
