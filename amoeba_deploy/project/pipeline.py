@@ -114,10 +114,12 @@ def _make_elsewhere(task: _Task) -> Result:
     return maker.make(task.one)
 
 
-def _begin_process(processes: int) -> None:
+def _begin_process(processes: int, parent: int) -> None:
     """Let the libraries of a process use its share of the cores, and end it when the one that began it ends."""
     with suppress(OSError, AttributeError):  # on Linux only
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended already, and no signal will come
+        os._exit(1)
     share = str(max(1, threads() // processes))
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ.setdefault(name, share)
@@ -224,7 +226,7 @@ class _Pool:
     def __init__(self, processes: int) -> None:
         context = multiprocessing.get_context("spawn")
         self._pool = futures.ProcessPoolExecutor(
-            processes, mp_context=context, initializer=_begin_process, initargs=(processes,)
+            processes, mp_context=context, initializer=_begin_process, initargs=(processes, os.getpid())
         )
 
     def submit(self, maker: Maker, one: Planned) -> futures.Future[Result]:
