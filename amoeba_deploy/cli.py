@@ -100,7 +100,9 @@ def main(debug: bool) -> None:
     amoeba export --device orin-nx --latency 40ms -o out
     amoeba run out -p "Once upon a time"
     """
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores the second, and so does what it starts
+            signal.signal(number, _interrupt)
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> None:

@@ -7,12 +7,11 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from amoeba_deploy.files import whole_folder
+from amoeba_deploy.files import copy_tree, whole_folder
 
 
 class ExtractionStore:
@@ -33,7 +32,7 @@ class ExtractionStore:
 
     def copy(self, what: Mapping[str, Any], extract: Callable[[Path], None], output: Path) -> None:
         """The same, copied into an empty folder."""
-        shutil.copytree(self.subnet(what, extract), output, dirs_exist_ok=True)
+        copy_tree(self.subnet(what, extract), output)
 
     @contextlib.contextmanager
     def _locked(self, key: str) -> Iterator[None]:

@@ -31,6 +31,15 @@ def folder_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
+def copy_tree(source: Path, target: Path) -> None:
+    """Copy the files below a folder into another; raises OSError, with the file, at the first that cannot be copied."""
+    for root, _, files in os.walk(source):
+        folder = target / Path(root).relative_to(source)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in files:
+            shutil.copyfile(Path(root) / name, folder / name)
+
+
 def json_text(value: Any) -> str:
     """JSON as all files of the project hold it: keys in the order given, two spaces, one line feed at the end."""
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

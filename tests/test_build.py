@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 import pytest
 from click.testing import CliRunner
 from projects import SMALL, TWO, Project, contents, project
-from signers import make_key
+from signers import make_authority, make_certificate, make_key
 
 from amoeba_deploy.bundle import verify_files
 from amoeba_deploy.bundle_check import check_bundle
@@ -82,7 +82,7 @@ def test_every_engine_gives_the_same_bytes_again(project: Project, flow: str) ->
         ("6x0.5", "6x0.75", 'option shape changed from "6x0.5" to "6x0.75"'),
         ('["int8"]', '["int8", "int4"]', "option precision changed"),
         ("verify = false", "verify = true", "option verify is gone"),
-        ("verify = false", "verify = false\nworkload = { context = 256 }", "option workload is new"),
+        ("verify = false", "verify = false\nworkload = { context = 256 }", "option workload.context is new (256)"),
         ('device = "raspberry-pi-5"', 'device = "apple-m2"', "option device changed"),
     ],
 )
@@ -176,10 +176,11 @@ def test_a_damaged_cache_is_noticed_before_anything_is_handed_out(project: Proje
     file = next(entry.bundle.glob("engine/*.onnx*"))
     file.write_bytes(bytes(byte ^ 1 for byte in file.read_bytes()[:100]) + file.read_bytes()[100:])
     shutil.rmtree(project.folder / "dist")
-    result = project.run("--target", "first", "--quiet")
-    assert result.exit_code == 5
-    assert not (project.folder / "dist" / "first").exists()
+    (found,) = project.build("--target", "first")["targets"]
+    assert (found["state"], found["reason"]) == ("built", "its bundle in the cache is damaged")
+    verify_files(project.folder / "dist" / "first")
     (entry.bundle / "manifest.json").write_text("{}")
+    shutil.rmtree(project.folder / "dist")
     assert project.states("--target", "first") == {"first": "built"}
 
 
@@ -217,7 +218,7 @@ def test_a_target_that_fails_does_not_stop_the_others(project: Project) -> None:
     project.write(TWO + '\n[targets.never]\ndevice = "raspberry-pi-5"\nlatency = "1us"\nflow = ["onnx"]\n')
     result = project.run()
     assert result.exit_code == 3
-    assert "1 of 3 targets were not built (never); never: no shape fits the budget" in sentence(result.stderr)
+    assert "1 of 3 targets failed (never); never: no shape fits the budget" in sentence(result.stderr)
     assert project.states(code=3) == {"first": "unchanged", "second": "unchanged", "never": "failed"}
     assert not (project.folder / "dist" / "never").exists()
 
@@ -303,6 +304,7 @@ def test_a_local_target_is_measured_and_does_nothing_the_second_time(project: Pr
         ('[defaults]\noutput = "x"', "'output' is of one target"),
         ('[targets."a/b"]\ndevice = "orin-nx"', "is not a name of letters, digits"),
         ("[targets", "is not valid TOML"),
+        ("", "has no targets; add such as [targets.kiosk]"),
         ('[targets.a.5]\ndevice = "orin-nx"', 'a name with a dot needs quotes: [targets."a.5"]'),
         (TWO.replace("[targets.first]\n", '[targets.first]\nneeds = ["secnd"]\n'), "did you mean 'second'?"),
         (
@@ -419,7 +421,10 @@ def test_the_cache_is_listed_and_pruned(project: Project) -> None:
     assert json.loads(CliRunner().invoke(main, ["cache", "prune", "--keep", "1GB", "--json"]).stdout)["removed"] == []
     assert len(json.loads(CliRunner().invoke(main, ["cache", "prune", "--json"]).stdout)["removed"]) == 1
     assert BuildCache().entries() == []
-    assert project.states() == {"first": "built", "second": "built"}
+    # What is there already need not be built for the cache's sake.
+    assert project.states() == {"first": "unchanged", "second": "unchanged"}
+    shutil.rmtree(project.folder / "dist" / "first")
+    assert project.states() == {"first": "built", "second": "unchanged"}
 
 
 def test_what_is_being_built_is_not_pruned(project: Project) -> None:
@@ -466,8 +471,11 @@ def test_a_build_signs_with_a_key_from_a_file_or_the_environment(project: Projec
     project.write(text.replace("[targets.second]\n", '[targets.second]\nprivate-key = "env:OWN_KEY"\n'))
     result = project.run("--sign", "--serial", 5)
     assert result.exit_code == 2 and "OWN_KEY, which is not set" in sentence(result.stderr)
-    found = project.build("--sign", "--serial", 6, OWN_KEY=pair.private.read_text())["targets"]
-    assert [each["signed"] for each in found] == [None, 6]
+    assert not (project.folder / "dist").exists()
+    assert project.build("--target", "first", "--sign", "--serial", 5)["targets"][0]["signed"] == 5
+    found = project.build("--sign", OWN_KEY=pair.private.read_text())["targets"]
+    assert found[0]["signed"] is None and found[1]["signed"] > 1_700_000_000
+    assert project.build("--sign", "--serial", 6, "--target", "second", OWN_KEY=pair.private.read_text())
     trust = Trust.of([pair.public])
     for name, serial in (("first", 5), ("second", 6)):
         verify_signature(project.folder / "dist" / name, trust)
@@ -486,3 +494,99 @@ def test_init_writes_a_project_that_builds(tmp_path: Path, monkeypatch: pytest.M
     assert (found["target"], found["state"]) == ("board", "would build")
     assert CliRunner().invoke(main, ["init", "--force", "--device", "orin-nxx"]).exit_code == 2
     assert "[targets.board]" in (tmp_path / "amoeba.toml").read_text()
+
+
+def test_another_key_or_a_damaged_signature_is_signed_again(project: Project) -> None:
+    old, new = make_key(project.folder, "old"), make_key(project.folder, "new")
+    project.write(f'[targets.one]\nprivate-key = "old.key"\n{SMALL}')
+    bundle = project.folder / "dist" / "one"
+    project.build("--sign", "--serial", 1)
+    assert project.build("--sign")["targets"][0]["signed"] is None
+    (bundle / "model.sig").write_text("garbage")
+    assert project.build("--sign", "--serial", 2)["targets"][0]["signed"] == 2
+    verify_signature(bundle, Trust.of([old.public]))
+    project.write(project.config.read_text().replace("old.key", "new.key"))
+    assert project.build("--sign", "--serial", 3)["targets"][0]["signed"] == 3
+    verify_signature(bundle, Trust.of([new.public]))
+
+
+def test_a_target_is_signed_with_its_certificate(project: Project) -> None:
+    authority = make_authority(project.folder)
+    make_certificate(project.folder, authority, "own")
+    project.write(f'[targets.one]\nprivate-key = "own.key"\ncertificate = "own.crt"\n{SMALL}')
+    project.build("--sign")
+    assert verify_signature(project.folder / "dist" / "one", Trust.of([authority.file])).signer == "CN=own"
+
+
+def test_what_cannot_be_signed_or_pushed_is_said_before_anything_is_built(project: Project) -> None:
+    assert "nothing would be signed, no target names a private-key" in sentence(project.run("--sign").stderr)
+    assert "nothing would be pushed, no target names a registry" in sentence(project.run("--push").stderr)
+    with_key = TWO.replace(SMALL, SMALL + 'private-key = "missing.key"\nregistry = "nope"\n', 1)
+    project.write(with_key)
+    assert "missing.key: is no file, and private-key of [targets.first] names it" in project.run("--sign").stderr
+    assert "registry of [targets.first]: 'nope' names no registry" in project.run("--push").stderr
+    make_key(project.folder, "missing")
+    assert not (project.folder / "dist").exists()
+    said = project.run("--sign")
+    assert said.exit_code == 0 and "note: second is not signed, it names no private-key" in said.stderr
+
+
+def test_a_wrong_flow_stops_a_build_before_it_begins(project: Project) -> None:
+    project.write(TWO + '[targets.third]\ndevice = "orin-nx"\nlatency = "1s"\nflow = ["onxx"]\n')
+    for arguments in ((), ("--dry-run",)):
+        result = project.run(*arguments)
+        assert result.exit_code == 2 and "did you mean 'onnx'" in sentence(result.stderr)
+    assert not (project.folder / "dist").exists()
+
+
+def test_a_flow_without_the_precisions_is_named_in_the_remarks(project: Project) -> None:
+    project.write(
+        '[targets.one]\ndevice = "raspberry-pi-5"\nshape = "6x0.5"\nflow = ["onnx", "gguf"]\n'
+        'precision = ["q8_0"]\nverify = false\n'
+    )
+    (found,) = project.build()["targets"]
+    assert "passed over onnx: it has none of these precisions" in found["remarks"]
+
+
+def test_a_build_leaves_nothing_temporary_and_takes_away_what_killed_ones_left(
+    project: Project, tmp_path: Path
+) -> None:
+    left = BuildCache().work_folder() / "run-left"
+    (left / "subnets").mkdir(parents=True)
+    (tmp_path / "tmp").mkdir()
+    process = subprocess.Popen(
+        command(project, "--jobs", "2"),
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TMPDIR": str(tmp_path / "tmp")},
+    )
+    assert process.stderr is not None
+    while "building onnx" not in process.stderr.readline():
+        pass
+    process.send_signal(signal.SIGINT)
+    process.stderr.read()
+    process.wait()
+    assert list((tmp_path / "tmp").iterdir()) == []
+    assert list(BuildCache().work_folder().iterdir()) == []
+
+
+def test_a_full_disk_is_one_sentence(project: Project) -> None:
+    project.build()
+    shutil.rmtree(project.folder / "dist")
+    script = (
+        "import os, shutil, errno, sys\n"
+        "real = shutil.copyfile\n"
+        "def full(source, target, **more):\n"
+        "    if 'weights' in str(target):\n"
+        "        raise OSError(errno.ENOSPC, 'No space left on device', str(target))\n"
+        "    return real(source, target, **more)\n"
+        "shutil.copyfile = full\n"
+        "from amoeba_deploy.cli import main\n"
+        "main(sys.argv[1:])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *command(project, "--quiet")[3:]], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "No space left on device" in sentence(done.stderr) and "free some there" in sentence(done.stderr)
+    assert list((project.folder / "dist").iterdir()) == []

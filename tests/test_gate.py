@@ -46,20 +46,21 @@ def broken(condition: str, new: dict[str, Any], old: dict[str, Any] | None = Non
     [
         ("tpot > 1.9ms", True),
         ("tpot > 2.0ms", False),
-        ("tpot >= 2", True),
+        ("tpot >= 2ms", True),
         ("tpot > 0.0019s", True),
         ("ttft < 11000us", True),
-        ("e2e > 72", False),
+        ("e2e > 72ms", False),
         ("size > 7.9MB", True),
         ("size > 8MiB", False),
+        ("size > 7999kB", True),
         ("memory > 0.29GB", True),
         ("loss > 0.59", True),
         ("perplexity > 1.8", False),
-        ("1 < tpot < 3", True),
-        ("not tpot > 3", True),
-        ("tpot > 3 or size > 1MB", True),
-        ("tpot > 3 and size > 1MB", False),
-        ("tpot + ttft > 11.9", True),
+        ("1ms < tpot < 3ms", True),
+        ("not tpot > 3ms", True),
+        ("tpot > 3ms or size > 1MB", True),
+        ("tpot > 3ms and size > 1MB", False),
+        ("tpot + ttft > 11.9ms", True),
         ("size / 1MB > 7.5", True),
         ("-loss < -0.5", True),
     ],
@@ -116,7 +117,7 @@ def test_what_is_not_known_is_not_compared() -> None:
     kept = figures(quality={"metric": "parameters_kept", "value": 0.7, "source": "counted"})
     assert broken("loss > 0.1", kept) is None
     assert broken("perplexity > 0.1", figures(perplexity=None)) is None
-    assert broken("size > 1 / (loss - loss)", figures()) is None
+    assert broken("loss > 1 / (loss - loss)", figures()) is None
 
 
 def test_an_unknown_part_counts_only_where_the_others_do_not_decide() -> None:
@@ -136,6 +137,13 @@ def test_an_unknown_part_counts_only_where_the_others_do_not_decide() -> None:
         ("1.05 * baseline > 2", "compares no quantity"),
         ("tpot + size > baseline", "does not say whose baseline"),
         ("tpot == 3", "compares by something else"),
+        ("tpot > 1", "compares a time, such as 40ms with a plain number"),
+        ("size > 5ms", "compares bytes, such as 8MB with a time"),
+        ("loss > 0.1ms", "compares a plain number with a time"),
+        ("size > baseline * baseline", "multiplies or divides bytes"),
+        ("tpot + size > 3ms", "adds a time"),
+        ("tpot > 1 / ttft", "multiplies or divides a plain number by a time"),
+        ("size > baseline + 5", "adds bytes"),
         ("tpot ** 9 > 1", "is no quantity"),
         ("__import__('os').system('true') > 1", "is no quantity"),
         ("tpot > (lambda: 1)()", "is no quantity"),
@@ -185,7 +193,7 @@ def test_a_wrong_gate_or_baseline_is_said_before_anything_is_built(project: Proj
     assert project.run("--fail-if", "tpott > 3").exit_code == 2
     assert project.run("--baseline", tmp_path / "missing.json").exit_code == 2
     (tmp_path / "damaged.json").write_text('{"format": "amoeba.baseline/1", "targets": [1]}')
-    assert "lacks 'targets'" in project.run("--baseline", tmp_path / "damaged.json").stderr
+    assert "'targets': Input should be" in project.run("--baseline", tmp_path / "damaged.json").stderr
     assert not (project.folder / "dist").exists()
 
 
@@ -193,7 +201,46 @@ def test_a_target_that_breaks_a_gate_is_not_signed(project: Project) -> None:
     make_key(project.folder, "own")
     project.write('[defaults]\nprivate-key = "own.key"\n' + project.config.read_text())
     first = project.build()["targets"][0]["figures"]["bytes"]
-    found = project.build("--sign", "--fail-if", f"size > {first + 1}", code=5)
+    found = project.build("--sign", "--fail-if", f"size > {first + 1}B", code=5)
     assert [each["broken"] for each in found["gates"]] == [False, True]
     assert [each["signed"] is not None for each in found["targets"]] == [True, False]
     assert not (project.folder / "dist" / "second" / "model.sig").exists()
+
+
+def test_a_baseline_is_replaced_on_purpose_although_its_gates_are_broken(project: Project) -> None:
+    project.write('[build]\nfail-if = ["size > 1.1 * baseline"]\n' + project.config.read_text())
+    project.build("--save-baseline")
+    project.write(project.config.read_text().replace("6x0.5", "12x1"))
+    assert "or store a new baseline with --save-baseline" in project.run().stderr
+    again = project.run("--save-baseline")
+    assert again.exit_code == 0 and "stored as the baseline" in again.stderr
+    assert project.build()["gates"][0]["broken"] is False
+    limit = project.run("--save-baseline", "--fail-if", "size > 1MB")
+    assert limit.exit_code == 5 and "--save-baseline" not in limit.stderr.split("amoeba: ")[1]
+
+
+def test_a_missing_baseline_is_said(project: Project) -> None:
+    said = project.run("--fail-if", "size > baseline")
+    assert said.exit_code == 0 and "so nothing is compared with a baseline" in said.stderr
+    assert project.run("--dry-run", "--save-baseline").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [
+        ("bytes", float("nan")),
+        ("bytes", "x"),
+        ("bytes", -5),
+        ("predicted", 3),
+        ("perplexity", float("inf")),
+        ("byts", 1),
+    ],
+)
+def test_a_damaged_baseline_is_refused_with_its_entry(project: Project, entry: str, value: object) -> None:
+    project.build("--save-baseline")
+    file = project.folder / "amoeba-baseline.json"
+    stored = json.loads(file.read_text())
+    stored["targets"]["first"][entry] = value
+    file.write_text(json.dumps(stored))
+    result = project.run("--fail-if", "size > baseline")
+    assert result.exit_code == 2 and f"'targets.first.{entry}'" in result.stderr

@@ -104,9 +104,6 @@ def _print(results: Sequence[Result], verdicts: Sequence[Verdict], explain: bool
     from amoeba_deploy.console import columns
     from amoeba_deploy.project.report import HEAD, cells
 
-    if not results:
-        click.echo("amoeba.toml has no targets")
-        return
     columns([cells(result) for result in results], HEAD)
     for result in results:
         if explain or not result.good:
@@ -123,8 +120,8 @@ def _print(results: Sequence[Result], verdicts: Sequence[Verdict], explain: bool
         click.echo(
             f"gate '{verdict.condition}' on {verdict.target}: {word}, {verdict.said.removeprefix('not compared: ')}"
         )
-    idle = all(result.state == "unchanged" for result in results)
-    if idle:
+    idle = all(result.state == "unchanged" and not (result.signed or result.pushed) for result in results)
+    if idle and not any(verdict.broken for verdict in verdicts):
         click.echo("nothing to do: no target changed")
 
 

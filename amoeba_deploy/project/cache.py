@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,11 +23,31 @@ from typing import Any
 
 from amoeba_deploy.bundle import BUNDLE_FORMAT, MANIFEST, bundle_files, verify_files
 from amoeba_deploy.errors import AmoebaError, BadInput
-from amoeba_deploy.files import cache_folder, folder_bytes, read_json, sha256_of, whole_file, whole_folder, write_json
+from amoeba_deploy.files import (
+    cache_folder,
+    copy_tree,
+    folder_bytes,
+    read_json,
+    sha256_of,
+    whole_file,
+    whole_folder,
+    write_json,
+)
 
 ENTRY_FORMAT = "amoeba.build-entry/1"
 LAST_FORMAT = "amoeba.build-last/1"
 ENTRY, BUNDLE = "entry.json", "bundle"
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Hold a folder as one's own, until the process ends at the latest; raises OSError where another holds it."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @dataclass(frozen=True)
@@ -82,6 +103,29 @@ class BuildCache:
             raise BadInput(f"{folder}: the cache cannot be written ({error.strerror}); set AMOEBA_CACHE") from None
         return folder
 
+    @contextlib.contextmanager
+    def workspace(self) -> Iterator[Path]:
+        """A folder for everything temporary of a build, its processes' too; it goes with the block.
+
+        What killed builds left is removed, too. Raises BadInput where the cache cannot be written.
+        """
+        work = self.work_folder()
+        self._remove_abandoned()
+        folder = Path(tempfile.mkdtemp(prefix="run-", dir=work))
+        before = tempfile.tempdir
+        try:
+            with _held(folder):
+                tempfile.tempdir = str(folder)
+                yield folder
+        finally:
+            tempfile.tempdir = before
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _remove_abandoned(self) -> None:
+        for folder in (self.folder / "work").glob("*"):
+            with contextlib.suppress(OSError), _held(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+
     def find(self, key: str) -> Entry | None:
         """The entry of a key, or None where there is none that is whole."""
         folder = self._place(key)
@@ -127,7 +171,7 @@ class BuildCache:
         with contextlib.suppress(OSError):
             os.utime(entry.folder / ENTRY)
         with whole_folder(output, force=True, inputs=(entry.folder,)) as work:
-            shutil.copytree(entry.bundle, work, dirs_exist_ok=True)
+            copy_tree(entry.bundle, work)
             verify_files(work)
 
     def drop(self, key: str) -> None:
@@ -172,6 +216,7 @@ class BuildCache:
                         removed.append(entry)
                         kept -= entry.bytes
         self._remove_broken()
+        self._remove_abandoned()
         return removed
 
     @contextlib.contextmanager
@@ -236,8 +281,8 @@ class FileDigests:
             return {}
         return value if isinstance(value, dict) else {}
 
-    def of(self, file: Path) -> str:
-        """The digest in hex; raises BadInput where the file cannot be read."""
+    def of(self, file: Path, named: str = "the project") -> str:
+        """The digest in hex; raises BadInput, with what names the file, where it cannot be read."""
         try:
             path = file.resolve(strict=True)
             found = path.stat()
@@ -247,7 +292,7 @@ class FileDigests:
                 return str(entry[3])
             digest = sha256_of(path)
         except OSError as error:
-            raise BadInput(f"{file}: cannot be read ({error.strerror}); look at the project's amoeba.toml") from None
+            raise BadInput(f"{file}: cannot be read ({error.strerror}), and {named} names it") from None
         # A file that was written just now may be written again within the same tick of the clock.
         if time.time_ns() - found.st_mtime_ns > 2_000_000_000:
             self._known[str(path)] = self._new[str(path)] = [*mark, digest]

@@ -94,6 +94,10 @@ class Target(_Form):
         description="Key of 'amoeba build --sign': a PEM file, or env:NAME of an environment variable with a path or "
         "the PEM itself.",
     )
+    certificate: Text | None = Field(default=None, description="Certificate of the private-key, in PEM.")
+    chain: list[Text] = Field(
+        default_factory=list, description="Certificates between it and the authority that devices trust."
+    )
     needs: list[Text] = Field(default_factory=list, description="Targets that must be built before this one.")
 
 
@@ -229,7 +233,7 @@ def _sentence(error: ValidationError) -> str:
     """The first thing that is wrong, with the key that was probably meant."""
     first = error.errors(include_url=False)[0]
     path = [str(part) for part in first["loc"]]
-    where = ".".join(path)
+    where = ".".join(path).removesuffix(".[key]")
     if first["type"] == "extra_forbidden" and len(path) == 3 and isinstance(first["input"], dict):
         return f"'{where}' is no target; a name with a dot needs quotes: [targets.\"{path[1]}.{path[2]}\"]"
     if first["type"] == "extra_forbidden":

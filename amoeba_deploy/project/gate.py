@@ -23,9 +23,14 @@ from amoeba_deploy.errors import BadInput
 LATENCIES = ("tpot", "ttft", "e2e")
 QUANTITIES = (*LATENCIES, "memory", "size", "loss", "perplexity")
 BASELINE = "baseline"
-_UNITS = {"us": 1e-3, "ms": 1.0, "s": 1e3, "MB": 1e6, "GB": 1e9, "MiB": 2.0**20, "GiB": 2.0**30}
+_UNITS = {"us": 1e-3, "ms": 1.0, "s": 1e3, "B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9, "MiB": 2.0**20, "GiB": 2.0**30}
 """To milliseconds and bytes."""
 _NUMBER = re.compile(rf"(?<![\w.])(\d*\.?\d+)({'|'.join(sorted(_UNITS, key=len, reverse=True))})\b")
+_TIME, _BYTES, _PLAIN = "a time, such as 40ms", "bytes, such as 8MB", "a plain number"
+_KINDS = (
+    dict.fromkeys(LATENCIES, _TIME) | dict.fromkeys(("memory", "size"), _BYTES) | {"loss": _PLAIN, "perplexity": _PLAIN}
+)
+_KINDS |= {unit: _TIME if unit.endswith("s") else _BYTES for unit in _UNITS}
 _COMPARE: dict[type[ast.cmpop], Callable[[float, float], bool]] = {
     ast.Gt: operator.gt,
     ast.GtE: operator.ge,
@@ -68,7 +73,7 @@ class Gate:
 
     @cached_property
     def _tree(self) -> ast.expr:
-        text = _NUMBER.sub(lambda found: repr(float(found[1]) * _UNITS[found[2]]), self.condition.strip())
+        text = _NUMBER.sub(lambda found: f"({found[1]} * {found[2]})", self.condition.strip())
         try:
             if len(self.condition) > LONGEST:
                 raise SyntaxError
@@ -100,10 +105,16 @@ class Gate:
             names = self._terms(tree.left) | {name for part in tree.comparators for name in self._terms(part)}
             if any(type(op) not in _COMPARE for op in tree.ops):
                 raise self._refused("compares by something else than >, >=, <, <=")
-            if not names - {BASELINE}:
+            quantities = names - {BASELINE, *_UNITS}
+            if not quantities:
                 raise self._refused("compares no quantity")
-            if BASELINE in names and len(names) != 2:
+            if BASELINE in names and len(quantities) != 1:
                 raise self._refused("does not say whose baseline it means, as it compares several quantities")
+            of_baseline = _KINDS[min(quantities)]
+            kinds = [self._kind(side, of_baseline) for side in (tree.left, *tree.comparators)]
+            for first, second in itertools.pairwise(kinds):
+                if first != second:
+                    raise self._refused(f"compares {first} with {second}")
         else:
             raise self._refused("is no comparison")
 
@@ -115,10 +126,35 @@ class Gate:
             return self._terms(tree.operand)
         if isinstance(tree, ast.Constant) and type(tree.value) in (int, float):
             return set()
-        if isinstance(tree, ast.Name) and tree.id in (*QUANTITIES, BASELINE):
+        if isinstance(tree, ast.Name) and tree.id in (*QUANTITIES, BASELINE, *_UNITS):
             return {tree.id}
         named = f"'{tree.id}'" if isinstance(tree, ast.Name) else "something"
         raise self._refused(f"has {named} that is no quantity")
+
+    def _kind(self, tree: ast.expr, of_baseline: str) -> str:
+        """What a sum or product is: a time, bytes, or a plain number."""
+        if isinstance(tree, ast.UnaryOp):
+            return self._kind(tree.operand, of_baseline)
+        if isinstance(tree, ast.Constant):
+            return _PLAIN
+        if isinstance(tree, ast.Name):
+            return of_baseline if tree.id == BASELINE else _KINDS[tree.id]
+        assert isinstance(tree, ast.BinOp)
+        left, right = self._kind(tree.left, of_baseline), self._kind(tree.right, of_baseline)
+        if isinstance(tree.op, ast.Add | ast.Sub):
+            if left != right:
+                raise self._refused(f"adds {left} and {right}")
+            return left
+        if isinstance(tree.op, ast.Div) and left == right:
+            return _PLAIN
+        if right != _PLAIN and (left != _PLAIN or isinstance(tree.op, ast.Div)):
+            raise self._refused(f"multiplies or divides {left} by {right}")
+        return left if right == _PLAIN else right
+
+    @property
+    def needs_baseline(self) -> bool:
+        """Whether it compares with a baseline."""
+        return any(isinstance(node, ast.Name) and node.id == BASELINE for node in ast.walk(self._tree))
 
     def judge(self, target: str, figures: Mapping[str, Any], baseline: Mapping[str, Any] | None) -> Verdict:
         """Hold a target's figures against the condition, and against its stored figures where it speaks of them."""
@@ -160,7 +196,8 @@ class _Judge:
             return not self._truth(tree.operand)
         assert isinstance(tree, ast.Compare)
         sides = [tree.left, *tree.comparators]
-        names = {node.id for side in sides for node in ast.walk(side) if isinstance(node, ast.Name)} - {BASELINE}
+        used = {node.id for side in sides for node in ast.walk(side) if isinstance(node, ast.Name)}
+        names = used - {BASELINE, *_UNITS}
         values = [self._number(side, names) for side in sides]
         return all(_COMPARE[type(op)](*pair) for op, pair in zip(tree.ops, itertools.pairwise(values), strict=True))
 
@@ -190,6 +227,8 @@ class _Judge:
         if isinstance(tree, ast.Constant):
             return float(tree.value)  # type: ignore[arg-type]  # a number, as was checked
         assert isinstance(tree, ast.Name)
+        if tree.id in _UNITS:
+            return _UNITS[tree.id]
         if tree.id != BASELINE:
             return self._value(tree.id, self._figures, "", note=tree.id)
         (name,) = names

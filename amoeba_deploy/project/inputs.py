@@ -26,7 +26,7 @@ from amoeba_deploy.project.config import Loaded, Target, device_of
 
 BASE_PACKAGES = ("numpy", "safetensors", "tokenizers", "torch", "transformers")
 """Packages that take part in every build."""
-UNUSED = {"output", "registry", "private_key", "needs"}
+UNUSED = {"output", "registry", "private_key", "certificate", "chain", "needs"}
 """Entries of a target that say where its bundle goes, not what is in it."""
 
 
@@ -111,19 +111,25 @@ def inputs_of(loaded: Loaded, name: str, digests: FileDigests) -> Inputs:
     if device.name == LOCAL:
         values["machine"] = fingerprint()
     if (file := Path(device_of(loaded, target))).suffix == ".toml":
-        values["device file"] = "sha256:" + digests.of(file)
+        values["device file"] = "sha256:" + digests.of(file, f"device of [targets.{name}]")
     for table in target.table:
-        values[f"table {table}"] = "sha256:" + digests.of(loaded.path(table))
+        values[f"table {table}"] = "sha256:" + digests.of(loaded.path(table), f"table of [targets.{name}]")
     if target.shape is not None and target.shape.endswith(".json"):
-        values["plan"] = "sha256:" + digests.of(loaded.path(target.shape))
+        values["plan"] = "sha256:" + digests.of(loaded.path(target.shape), f"shape of [targets.{name}]")
     if target.verify_text is not None:
-        values["verify-text"] = "sha256:" + digests.of(loaded.path(target.verify_text))
+        values["verify-text"] = "sha256:" + digests.of(
+            loaded.path(target.verify_text), f"verify-text of [targets.{name}]"
+        )
     return Inputs(values)
 
 
 def _options(target: Target) -> dict[str, str]:
     found: dict[str, Any] = target.model_dump(exclude=UNUSED, exclude_defaults=True)
-    return {name.replace("_", "-"): json.dumps(value, sort_keys=True) for name, value in found.items()}
+    flat = {key: value for key, value in found.items() if not isinstance(value, dict)}
+    for key, value in found.items():
+        if isinstance(value, dict):
+            flat |= {f"{key}.{part}": each for part, each in value.items()}
+    return {key.replace("_", "-"): json.dumps(value) for key, value in sorted(flat.items())}
 
 
 def _checkpoint(folder: Path, digests: FileDigests) -> str:

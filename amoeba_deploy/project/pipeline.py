@@ -18,13 +18,14 @@ from functools import cached_property
 from pathlib import Path
 
 from amoeba_deploy.checkpoint import Checkpoint, open_checkpoint
-from amoeba_deploy.errors import AmoebaError
+from amoeba_deploy.errors import AmoebaError, VerificationFailed
 from amoeba_deploy.extraction_store import ExtractionStore
 from amoeba_deploy.files import check_target
 from amoeba_deploy.profiles.machine import threads
 from amoeba_deploy.progress import Progress
-from amoeba_deploy.project.cache import BuildCache
+from amoeba_deploy.project.cache import BuildCache, Entry
 from amoeba_deploy.project.config import Loaded, load_project
+from amoeba_deploy.project.inputs import Inputs
 from amoeba_deploy.project.planned import Planned
 from amoeba_deploy.project.result import Result, State
 from amoeba_deploy.project.target_build import build_target
@@ -63,21 +64,36 @@ class Maker:
         if one.failure is not None:
             raise one.failure
         assert one.inputs is not None, "a target without a failure has its inputs"
-        entry, state, reason = one.entry, UNCHANGED, "nothing changed"
-        if entry is None:
-            check_target(one.output, force=True)
-            with self.cache.lock(one.inputs.key):
-                entry = None if self.force else self.cache.find(one.inputs.key)
-                state, reason = RESTORED, "another build made it meanwhile"
-                if entry is None:
-                    state, reason = BUILT, one.why()
-                    parts = one.name, one.inputs, self.cache, self.store, self.progress
-                    entry = build_target(self._checkpoint, self.loaded, *parts)
+        if one.entry is not None:
+            if self.cache.holds(one.entry, one.output):
+                return one.result(UNCHANGED, "nothing changed", one.entry)
+            try:
+                return self._restored(one, one.entry)
+            except VerificationFailed:
+                return self._built(one, one.inputs, "its bundle in the cache is damaged", drop=True)
+        return self._built(one, one.inputs, one.why())
+
+    def _restored(self, one: Planned, entry: Entry) -> Result:
+        there = one.output.exists()
+        self.cache.hand_out(entry, one.output)
+        return one.result(RESTORED, "its output was another" if there else "its output was missing", entry)
+
+    def _built(self, one: Planned, inputs: Inputs, reason: str, drop: bool = False) -> Result:
+        """Build a target, unless another build made it meanwhile; ``drop`` what the cache has of it first."""
+        check_target(one.output, force=True)
+        state: State = RESTORED
+        with self.cache.lock(inputs.key):
+            if drop:
+                self.cache.drop(inputs.key)
+            entry = None if self.force else self.cache.find(inputs.key)
+            if entry is None:
+                state = BUILT
+                entry = build_target(
+                    self._checkpoint, self.loaded, one.name, inputs, self.cache, self.store, self.progress
+                )
         if not self.cache.holds(entry, one.output):
-            if state == UNCHANGED:
-                state, reason = RESTORED, "the cache had it"
             self.cache.hand_out(entry, one.output)
-        return one.result(state, reason, entry)
+        return one.result(state, reason if state == BUILT else "another build made it meanwhile", entry)
 
 
 class _Prefixed(Progress):
@@ -109,6 +125,7 @@ class _Task:
 
 def _make_elsewhere(task: _Task) -> Result:
     """Make a target in a process of its own; the error of a failure need not travel, its sentence does."""
+    tempfile.tempdir = str(task.store.parent)  # which goes with the build, whatever becomes of this process
     loaded, progress = load_project(task.config), _Prefixed(task.one.name, task.quiet)
     maker = Maker(loaded, BuildCache(task.cache), ExtractionStore(task.store), progress, task.force)
     return maker.make(task.one)
@@ -147,7 +164,7 @@ class Build:
             return one.result("would build", one.why())
         if self.cache.holds(one.entry, one.output):
             return one.result(UNCHANGED, "nothing changed", one.entry)
-        return one.result("would restore", "the cache has it, its output does not", one.entry)
+        return one.result("would restore", "its output is not what the cache has", one.entry)
 
     def run(self, planned: Sequence[Planned]) -> list[Result]:
         """Build what is to be built; a target that fails stops only those that need it.
@@ -159,8 +176,8 @@ class Build:
             BadInput: the cache cannot be written.
         """
         with ExitStack() as stack:
-            work = self.cache.work_folder()
-            store = ExtractionStore(Path(stack.enter_context(tempfile.TemporaryDirectory(dir=work))))
+            work = stack.enter_context(self.cache.workspace())
+            store = ExtractionStore(work / "subnets")
             maker = Maker(self.loaded, self.cache, store, self.progress, self.force)
             apart = sum(one.entry is None and not one.is_here for one in planned)
             pool = stack.enter_context(_Pool(min(self.jobs, apart))) if min(self.jobs, apart) > 1 else None

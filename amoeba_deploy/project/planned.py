@@ -28,6 +28,7 @@ class Planned:
     entry: Entry | None
     last: Mapping[str, Any] | None
     """Key, inputs and figures of the last good build."""
+    forced: bool
     failure: AmoebaError | None = None
     """Why its inputs cannot even be read."""
 
@@ -38,6 +39,8 @@ class Planned:
 
     def why(self) -> str:
         """Why it is built, as half a sentence."""
+        if self.forced:
+            return "asked for with --force"
         if self.last is None or self.inputs is None:
             return "was never built for this project"
         changes = self.inputs.changes(self.last["inputs"])
@@ -67,15 +70,24 @@ def plan(loaded: Loaded, names: Sequence[str], cache: BuildCache, force: bool = 
 
 def _planned(loaded: Loaded, name: str, digests: FileDigests, cache: BuildCache, last: Any, force: bool) -> Planned:
     target = loaded.targets[name]
-    inputs, entry, failure = None, None, None
+    inputs, entry, known, failure = None, None, None, None
+    output, device = loaded.output(name), device_of(loaded, target)
     try:
         inputs = inputs_of(loaded, name, digests)
-        entry = None if force else cache.find(inputs.key)
+        known = last if isinstance(last, dict) and isinstance(last.get("inputs"), dict) else None
+        entry = None if force else cache.find(inputs.key) or _kept(known, inputs.key, output, cache)
     except AmoebaError as error:
         failure = error
-    known = last if isinstance(last, dict) and isinstance(last.get("inputs"), dict) else None
-    output, device = loaded.output(name), device_of(loaded, target)
-    return Planned(name, device, output, tuple(target.needs), inputs, entry, known, failure)
+    return Planned(name, device, output, tuple(target.needs), inputs, entry, known, force, failure)
+
+
+def _kept(last: Mapping[str, Any] | None, key: str, output: Path, cache: BuildCache) -> Entry | None:
+    """An output that is what was built last, though the cache has lost it."""
+    if last is None or last.get("key") != key or not isinstance(last.get("figures"), dict):
+        return None
+    figures = last["figures"]
+    kept = Entry(key, output, {"content": str(figures.get("content")), "figures": figures})
+    return kept if cache.holds(kept, output) else None
 
 
 def ordered(loaded: Loaded, names: Sequence[str]) -> list[str]:
@@ -84,6 +96,8 @@ def ordered(loaded: Loaded, names: Sequence[str]) -> list[str]:
     Raises:
         BadInput: there is no such target, or targets need each other in a circle.
     """
+    if not loaded.targets:
+        raise BadInput(f"{loaded.file}: has no targets; add such as [targets.kiosk]")
     for name in names:
         if name not in loaded.targets:
             raise BadInput(f"'{name}' is not a target of {loaded.file}; it has {', '.join(loaded.targets) or 'none'}")

@@ -46,6 +46,13 @@ def preferences(target: Target) -> Iterator[Preference]:
                 yield Preference(flow, precision)
 
 
+def _without(target: Target) -> list[str]:
+    """The flows that have none of the target's precisions."""
+    if not target.precision:
+        return []
+    return [flow for flow in target.flow if not any(_has(flow, precision) for precision in target.precision)]
+
+
 def _has(flow: str, precision: str) -> bool:
     backend = load_backend(flow)
     return backend.takes.own_name(precision) in backend.precisions()
@@ -68,7 +75,7 @@ def build_target(
     target = loaded.targets[name]
     request, answer, passed = _first_that_fits(checkpoint, loaded, target, progress)
     text = None if target.verify_text is None else loaded.path(target.verify_text)
-    with tempfile.TemporaryDirectory(prefix="amoeba-build-", dir=cache.work_folder()) as work:
+    with tempfile.TemporaryDirectory(prefix="amoeba-build-") as work:
         bundle = Path(work, "bundle")
         done = export_answer(
             checkpoint,
@@ -112,7 +119,8 @@ def _first_that_fits(
         except AmoebaError as error:
             failures.append((wanted, error))
             continue
-        return request, answer, [f"passed over {other}: {error}" for other, error in failures]
+        passed = [f"passed over {flow}: it has none of these precisions" for flow in _without(target)]
+        return request, answer, passed + [f"passed over {other}: {error}" for other, error in failures]
     first = failures[0][1]
     if len(failures) == 1:
         raise first

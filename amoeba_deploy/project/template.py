@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from amoeba_deploy.errors import BadInput
 from amoeba_deploy.files import check_new_file, whole_file, write_json
 from amoeba_deploy.profiles.device import load_device
-from amoeba_deploy.project.config import CONFIG, load_project, schema
+from amoeba_deploy.project.config import CONFIG, NAME, load_project, schema
 
 SCHEMA = ".amoeba.schema.json"
 TEMPLATE = """\
@@ -56,6 +57,8 @@ def write_project(folder: Path, checkpoint: str | None, device: str, name: str, 
     file, described = folder / CONFIG, folder / SCHEMA
     check_new_file(file, force)
     load_device(device)
+    if re.fullmatch(NAME, name) is None:
+        raise BadInput(f"'{name}' cannot name a target; take letters, digits, dots, hyphens and underscores")
     if any(mark in text for text in (checkpoint or "", device, name) for mark in '"\\\n\r'):
         raise BadInput("checkpoint, device and name hold no quotes, backslashes or line breaks; write others")
     with whole_file(file, force) as work:
