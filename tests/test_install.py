@@ -11,7 +11,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-from bundles import Shop, change, check_confirmed, checked_here, install, own_copy, spoil_weights, step
+from bundles import Shop, change, check_confirmed, check_running, checked_here, install, own_copy, spoil_weights, step
 from click.testing import Result
 from conftest import amoeba, sentence
 from signers import make_authority, make_certificate, make_key
@@ -527,6 +527,117 @@ def test_a_damaged_state_and_no_slot_that_is_whole(device: Path) -> None:
     (device / "slots" / "a" / "tokenizer.json").write_text("{}")
     said = sentence(amoeba("bundle", "status", "--root", device, "--recover", "--quiet"), 5)
     assert "neither slot holds a bundle that is whole and works" in said
+
+
+# What status says of what is not there.
+
+
+def shown(root: Path, *options: str) -> dict[str, Any]:
+    done = amoeba("bundle", "status", "--root", root, "--json", "--quiet", *options)
+    assert done.exit_code == 0, done.output
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 4
+    file.write_bytes(data)
+
+
+SPOILT: dict[str, Callable[[Path], object]] = {
+    "no manifest": lambda slot: (slot / "manifest.json").unlink(),
+    "another manifest": lambda slot: flip(slot / "manifest.json"),
+    "no file": lambda slot: (slot / "tokenizer.json").unlink(),
+    "a shorter file": lambda slot: (slot / "tokenizer.json").write_text("{}"),
+    "no folder": lambda slot: shutil.rmtree(slot),
+    "a link": lambda slot: slot.rename(slot.parent.parent / "elsewhere") and slot.symlink_to("../elsewhere"),
+}
+
+
+@pytest.mark.parametrize("spoilt", SPOILT)
+def test_status_of_a_running_slot_that_is_damaged(device: Path, eight: Path, spoilt: str) -> None:
+    SPOILT[spoilt](device / "slots" / "a")
+    for options in ((), ("--check",)):
+        said = sentence(amoeba("bundle", "status", "--root", device, "--quiet", *options), 5)
+        assert "so what runs is damaged" in said
+        assert str(device / "slots" / "a") in said
+    said = sentence(amoeba("bundle", "status", "--root", device, "--recover", "--quiet"), 5)
+    assert "no other bundle is kept, so install one" in said
+    install(eight, device)
+    state = check_running(device)
+    assert state is not None
+    assert (state.confirmed, state.pending) == ("b", None)
+
+
+@pytest.mark.parametrize("spoilt", SPOILT)
+def test_recovery_goes_to_the_other_slot_where_what_runs_is_damaged(device: Path, eight: Path, spoilt: str) -> None:
+    install(eight, device)
+    SPOILT[spoilt](device / "slots" / "b")
+    sentence(amoeba("bundle", "status", "--root", device, "--quiet"), 5)
+    (done,) = shown(device, "--recover")["recovered"]
+    assert done.endswith("slot a, which ran before, runs again")
+    state = check_confirmed(device)
+    assert (state.confirmed, state.slots["b"], state.highest_serial) == ("a", None, 8)
+    install(eight, device)
+
+
+@pytest.mark.parametrize("target", [None, "slots/a", "/etc"])
+def test_recovery_goes_to_the_other_slot_where_the_link_is_wrong_too(
+    device: Path, eight: Path, target: str | None
+) -> None:
+    install(eight, device)
+    flip(device / "slots" / "b" / "tokenizer.json")
+    (device / "current").unlink()
+    if target:
+        (device / "current").symlink_to(target)
+    shown(device, "--recover")
+    assert check_confirmed(device).confirmed == "a"
+
+
+def test_a_link_that_is_missing_is_said_and_set_right(device: Path) -> None:
+    (device / "current").unlink()
+    said = sentence(amoeba("bundle", "status", "--root", device, "--quiet"), 5)
+    assert "is missing, so nothing runs, and slot a is confirmed; run" in said
+    assert "set right" in shown(device, "--recover")["recovered"][0]
+    assert check_confirmed(device).confirmed == "a"
+
+
+def test_neither_slot_is_whole(device: Path, eight: Path) -> None:
+    install(eight, device)
+    for name in "ab":
+        flip(device / "slots" / name / "tokenizer.json")
+    (device / "current").unlink()
+    said = sentence(amoeba("bundle", "status", "--root", device, "--recover", "--quiet"), 5)
+    assert "the other slot is damaged, too" in said
+    assert current_slot(device) is None
+    assert install(eight, device)["bundle"]["serial"] == 8
+    assert read_state(device).highest_serial == 8
+    assert shown(device)["confirmed"] == "a"
+
+
+@pytest.mark.parametrize("spoilt", SPOILT)
+def test_a_spare_slot_that_is_damaged_is_not_kept_for_a_rollback(device: Path, eight: Path, spoilt: str) -> None:
+    install(eight, device)
+    SPOILT[spoilt](device / "slots" / "a")
+    done = amoeba("bundle", "status", "--root", device, "--quiet")
+    assert done.exit_code == 0
+    assert "kept for a rollback" not in done.stdout
+    assert f"damaged, so there is no rollback: {device / 'slots' / 'a'}" in done.stdout
+    assert shown(device)["previous"] is None
+    assert "what runs goes on" in sentence(amoeba("bundle", "rollback", "--root", device, "--quiet"), 5)
+
+
+def test_a_check_hashes_every_file_and_runs_the_selftest(device: Path, eight: Path) -> None:
+    assert shown(device)["checked"] is None
+    assert shown(device, "--check")["checked"]["selftest_tokens"] > 0
+    assert "every file as it was installed" in amoeba("bundle", "status", "--root", device, "--check").stdout
+    install(eight, device)
+    flip(device / "slots" / "b" / "tokenizer.json")
+    shown(device)
+    assert "differs" in sentence(amoeba("bundle", "status", "--root", device, "--check", "--quiet"), 5)
+    assert shown(device, "--recover", "--check")["recovered"][0].endswith("runs again")
+    assert check_confirmed(device).confirmed == "a"
 
 
 # The rest of what a user can meet.

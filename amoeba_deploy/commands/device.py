@@ -134,18 +134,19 @@ def bundle_rollback(
 
 @click.command("status")
 @root_option
-@click.option("--recover", is_flag=True, help="Undo a switch that was cut off, and rebuild a damaged state; for boot.")
+@click.option("--recover", is_flag=True, help="Undo a switch that was cut off, and mend what can be; for boot.")
+@click.option("--check", is_flag=True, help="Hash every file of what runs, and run its self-test.")
 @wait_option
 @output_options
-def bundle_status(root: Path, recover: bool, wait: bool, as_json: bool, quiet: bool) -> None:
-    """Show what runs on this device and what is kept.
+def bundle_status(root: Path, recover: bool, check: bool, wait: bool, as_json: bool, quiet: bool) -> None:
+    """Show what runs on this device and what is kept; exit code 5 where what should run is missing or damaged.
 
     \b
     amoeba bundle status --root /var/lib/amoeba
     """
     from amoeba_deploy.device import status
 
-    done = status.recover(root, Progress(quiet), wait) if recover else status.status(root)
+    done = status.recover(root, Progress(quiet), wait, check) if recover else status.status(root, check)
     emit(done.to_json(), as_json, lambda: click.echo(done.text()))
 
 

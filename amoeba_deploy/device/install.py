@@ -27,8 +27,8 @@ from amoeba_deploy.device.slots import (
     SLOT_FOLDER,
     STAGING,
     TRUST,
+    damage,
     empty_slot,
-    seems_whole,
     slot_folder,
     write_record,
 )
@@ -154,13 +154,13 @@ def install(text: str, root: Path, options: InstallOptions, progress: Progress) 
     source = find_source(text, options.plain_http)
     _check_apart(text, root)
     with locked(root, options.wait), within(root):
-        state, done = recovered(root)
+        state, done = recovered(root, to_replace=True)
         for each in done:
             progress.say(f"recovered: {each}")
         name = check_device(root, options.device)
         digest = source.digest()
         running = state.running
-        if running and state.confirmed and running.digest == digest and seems_whole(root, state.confirmed, running):
+        if running and state.confirmed and running.digest == digest and damage(root, state.confirmed, running) is None:
             return Installed(root, state.confirmed, running, True, recovered=tuple(done))
         refuse_again(source.name, state, digest, options.retry)
         installed = _install(root, state, source, digest, name, options, progress)

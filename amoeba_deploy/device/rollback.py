@@ -13,7 +13,7 @@ from amoeba_deploy.device.lock import locked
 from amoeba_deploy.device.slots import verify_slot
 from amoeba_deploy.device.state import Refused, Slot, SlotName
 from amoeba_deploy.device.switch import recovered, switch
-from amoeba_deploy.errors import BadInput, ToolchainMissing
+from amoeba_deploy.errors import BadInput, ToolchainMissing, VerificationFailed
 from amoeba_deploy.progress import Progress
 
 
@@ -54,12 +54,17 @@ def rollback(root: Path, check: HealthCheck, progress: Progress, wait: bool = Fa
     """
     root = root.absolute()
     with locked(root, wait), within(root):
-        state, _ = recovered(root)
+        state, done_before = recovered(root)
+        for each in done_before:
+            progress.say(f"recovered: {each}")
         name = state.previous
         slot, left = (state.slots[name] if name else None), state.running
         if name is None or slot is None:
             raise BadInput(f"{root}: keeps no bundle to go back to; install one with 'amoeba bundle install'")
-        verify_slot(root, name, slot)
+        try:
+            verify_slot(root, name, slot)
+        except VerificationFailed as error:
+            raise VerificationFailed(f"{error}; what runs goes on, and installing another replaces it") from None
         opens = load_backend(slot.flow).opens
         if not opens and not check.command:
             raise ToolchainMissing(

@@ -90,22 +90,37 @@ def verify_slot(root: Path, name: SlotName, slot: Slot) -> None:
     """
     folder = slot_folder(root, name)
     if folder.is_symlink() or folder.parent.is_symlink() or not (folder / MANIFEST).is_file():
-        raise VerificationFailed(f"{folder}: does not hold the bundle that was installed; install one again")
+        raise VerificationFailed(f"{folder}: does not hold the bundle that was installed")
     if sha256_hex((folder / MANIFEST).read_bytes()) != slot.manifest:
-        raise VerificationFailed(f"{folder / MANIFEST}: was changed after it was installed; install a bundle again")
+        raise VerificationFailed(f"{folder / MANIFEST}: was changed after it was installed")
     try:
         verify_files(folder)
-    except BadInput as error:
-        raise VerificationFailed(str(error)) from None
+    except (BadInput, VerificationFailed) as error:
+        raise VerificationFailed(str(error).rpartition("; ")[0] or str(error)) from None
 
 
-def seems_whole(root: Path, name: SlotName, slot: Slot) -> bool:
-    """Whether a slot's manifest is the one installed and its files have the sizes listed; nothing else is read."""
+def damage(root: Path, name: SlotName, slot: Slot) -> str | None:
+    """What a quick look finds wrong with a slot, where and what; None where nothing is.
+
+    Its manifest must be the one installed, and the files listed there must have their sizes; nothing else is read.
+    """
     folder = slot_folder(root, name)
+    if folder.is_symlink() or folder.parent.is_symlink() or not folder.is_dir():
+        return f"{folder}: is no folder with the bundle that was installed"
+    manifest = folder / MANIFEST
     try:
-        if folder.is_symlink() or sha256_of(folder / MANIFEST) != slot.manifest:
-            return False
-        listed = read_manifest(folder)["files"]
-        return all((folder / file).stat().st_size == entry["bytes"] for file, entry in listed.items())
-    except (OSError, AmoebaError):
-        return False
+        if not manifest.is_file():
+            return f"{manifest}: is missing"
+        if sha256_of(manifest) != slot.manifest:
+            return f"{manifest}: was changed after it was installed"
+        for name_there, entry in read_manifest(folder)["files"].items():
+            file = folder / name_there
+            if file.is_symlink() or not file.is_file():
+                return f"{file}: is missing"
+            if file.stat().st_size != entry["bytes"]:
+                return f"{file}: has {file.stat().st_size} bytes, and {entry['bytes']} were installed"
+    except OSError as error:
+        return f"{error.filename or folder}: cannot be read ({error.strerror})"
+    except AmoebaError as error:
+        return str(error)
+    return None

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from amoeba_deploy.backends import load_backend
 from amoeba_deploy.bundle import MANIFEST, verify_files
 from amoeba_deploy.delivery.release import read_release
-from amoeba_deploy.device.health import HealthCheck, check_health
+from amoeba_deploy.device.health import Health, HealthCheck, check_health
 from amoeba_deploy.device.install import check_device, now, title, within
 from amoeba_deploy.device.lock import locked
 from amoeba_deploy.device.slots import (
     CURRENT,
     current_slot,
+    damage,
     empty_slot,
     point_current,
     read_record,
@@ -21,7 +23,7 @@ from amoeba_deploy.device.slots import (
     verify_slot,
 )
 from amoeba_deploy.device.state import SLOTS, STATE, Slot, SlotName, State, read_state, sha256_hex, write_state
-from amoeba_deploy.device.switch import recovered
+from amoeba_deploy.device.switch import fall_back, recovered
 from amoeba_deploy.errors import AmoebaError, BadInput, VerificationFailed
 from amoeba_deploy.progress import Progress
 
@@ -34,22 +36,33 @@ class Status:
     device: str | None
     state: State
     current: SlotName | None
+    damaged: tuple[str, ...] = ()
+    """What a quick look found wrong with the slot that does not run."""
     recovered: tuple[str, ...] = ()
+    checked: Health | None = None
+    """What was found of the engine that runs, where it was to be checked."""
+
+    @property
+    def previous(self) -> SlotName | None:
+        """The slot that a rollback goes to, which is not damaged."""
+        return None if self.damaged else self.state.previous
 
     def to_json(self) -> dict[str, Any]:
         """The object that ``bundle status --json`` prints."""
-        previous, state = self.state.previous, self.state.model_dump()
+        state = self.state.model_dump()
         return {
             "root": str(self.root),
             "device": self.device,
             "current": self.current,
             "confirmed": state["confirmed"],
             "pending": state["pending"],
-            "previous": previous,
+            "previous": self.previous,
+            "damaged": list(self.damaged),
             "highest_serial": state["highest_serial"],
             "refused": state["refused"],
             "slots": state["slots"],
             "recovered": list(self.recovered),
+            "checked": vars(self.checked) if self.checked else None,
         }
 
     def text(self) -> str:
@@ -57,10 +70,12 @@ class Status:
         state, lines = self.state, [f"recovered: {done}" for done in self.recovered]
         running = state.running
         runs = f"runs {title(running)}, in slot {state.confirmed}" if running else "nothing is installed"
-        lines.append(f"{self.root}: {runs}")
-        previous = state.slots[state.previous] if state.previous else None
+        found = f"; every file as it was installed{self._tokens()}" if self.checked else ""
+        lines.append(f"{self.root}: {runs}{found}")
+        previous = state.slots[self.previous] if self.previous else None
         if previous:
-            lines.append(f"kept for a rollback: {title(previous)}, in slot {state.previous}")
+            lines.append(f"kept for a rollback: {title(previous)}, in slot {self.previous}")
+        lines += [f"damaged, so there is no rollback: {each}" for each in self.damaged]
         if state.pending:
             lines.append(
                 f"a switch to slot {state.pending} is not confirmed: an install is at work, or was cut off and 'amoeba "
@@ -70,30 +85,71 @@ class Status:
             lines.append(f"not installed again by itself: {state.refused.digest} ({state.refused.reason})")
         return "\n".join(lines)
 
+    def _tokens(self) -> str:
+        tokens = self.checked.selftest_tokens if self.checked else None
+        return f", {tokens} self-test tokens equal" if tokens is not None else ", its engine only its own tools run"
 
-def status(root: Path) -> Status:
+
+def status(root: Path, check: bool = False) -> Status:
     """What runs on a device; writes nothing.
+
+    What runs is looked at quickly: its manifest's digest, and that every listed file is there in its size. With
+    ``check`` every file is hashed, and the engine must pass its self-test.
 
     Raises:
         BadInput: the folder or its state cannot be read.
-        VerificationFailed: ``current`` names what it should not.
+        VerificationFailed: ``current`` is missing or names what it should not, or what it names is damaged.
     """
     root = root.absolute()
     if not root.is_dir():
         raise BadInput(f"{root}: is no folder; install a bundle there with 'amoeba bundle install'")
-    state, current = read_state(root), current_slot(root)
-    while state != (after := read_state(root)):  # a command is at work
-        state, current = after, current_slot(root)
-    if current not in (state.confirmed, state.pending):
+    seen = _look(root)
+    while seen[0] != read_state(root):  # a command is at work
+        seen = _look(root)
+    state, current, damages = seen
+    how = f"run 'amoeba bundle status --root {root} --recover', or install a bundle"
+    if current not in (state.confirmed, state.pending) or (current is None and state.confirmed):
+        names = f"names slot {current}" if current else "is missing, so nothing runs"
         raise VerificationFailed(
-            f"{root / CURRENT}: names slot {current}, and {state.confirmed or 'none'} is confirmed; run 'amoeba bundle "
-            f"status --root {root} --recover'"
+            f"{root / CURRENT}: {names}, and {_slot_named(state.confirmed)} is confirmed; run 'amoeba bundle status "
+            f"--root {root} --recover'"
         )
-    return Status(root, check_device(root, None), state, current)
+    for name in (current, state.confirmed):
+        if name in damages:
+            raise VerificationFailed(f"{damages[name]}, so what runs is damaged; {how}")
+    checked = _checked(root, state) if check else None
+    return Status(root, check_device(root, None), state, current, tuple(damages.values()), checked=checked)
 
 
-def recover(root: Path, progress: Progress, wait: bool = False) -> Status:
+def _look(root: Path) -> tuple[State, SlotName | None, dict[SlotName, str]]:
+    """The state, what ``current`` names, and what is wrong with the slots."""
+    state, current = read_state(root), current_slot(root)
+    found = {name: damage(root, name, slot) for name, slot in state.slots.items() if slot is not None}
+    return state, current, {name: said for name, said in found.items() if said is not None}
+
+
+def _slot_named(name: SlotName | None) -> str:
+    return f"slot {name}" if name else "none"
+
+
+def _checked(root: Path, state: State) -> Health | None:
+    """Hash what runs, and run its self-test; None where nothing runs."""
+    name, slot = state.confirmed, state.running
+    if name is None or slot is None:
+        return None
+    how = f"run 'amoeba bundle status --root {root} --recover --check', or install a bundle"
+    try:
+        verify_slot(root, name, slot)
+        opens = load_backend(slot.flow).opens
+        return check_health(root, slot_folder(root, name), HealthCheck(None, selftest=opens))
+    except VerificationFailed as error:
+        raise VerificationFailed(f"{error}, so what runs is damaged; {how}") from None
+
+
+def recover(root: Path, progress: Progress, wait: bool = False, check: bool = False) -> Status:
     """Undo a switch that was cut off, set ``current`` right, and rebuild a damaged state from the slots.
+
+    Where what runs is damaged, the other slot runs if it is whole and was confirmed. ``check`` is that of ``status``.
 
     Raises:
         BadInput: the folder cannot be written.
@@ -108,9 +164,24 @@ def recover(root: Path, progress: Progress, wait: bool = False) -> Status:
             read_state(root)
         except BadInput:
             rebuilt = _rebuild(root, progress)
-        _, done = recovered(root)
-        found = status(root)
-        return Status(root, found.device, found.state, found.current, (*rebuilt, *done))
+        state, done = recovered(root)
+        done += _replaced(root, state, check)
+        found = status(root, check)
+        return replace(found, recovered=(*rebuilt, *done))
+
+
+def _replaced(root: Path, state: State, check: bool) -> list[str]:
+    """Let the other slot run where what runs is damaged; what was done for that."""
+    name, slot = state.confirmed, state.running
+    if name is None or slot is None:
+        return []
+    said = damage(root, name, slot)
+    if said is None and check:
+        try:
+            _checked(root, state)
+        except VerificationFailed as error:
+            said = str(error).partition(", so what runs is damaged")[0]
+    return [fall_back(root, state, said)[1]] if said else []
 
 
 def _rebuild(root: Path, progress: Progress) -> list[str]:

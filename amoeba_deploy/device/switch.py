@@ -100,12 +100,14 @@ def undo(root: Path, state: State) -> State:
     return after
 
 
-def recovered(root: Path) -> tuple[State, list[str]]:
+def recovered(root: Path, to_replace: bool = False) -> tuple[State, list[str]]:
     """The state, after what was cut off was undone; and what was done for that, a sentence each.
+
+    ``to_replace``: another bundle is about to be installed, so none need be whole where ``current`` was changed.
 
     Raises:
         BadInput: the state is damaged.
-        VerificationFailed: ``current`` is not what it should be, and the right slot is damaged.
+        VerificationFailed: ``current`` is not what it should be, and no slot that was confirmed is whole.
     """
     state, done = read_state(root), []
     if state.pending is not None:
@@ -122,8 +124,50 @@ def recovered(root: Path) -> tuple[State, list[str]]:
         right = False
     if not right:
         running = state.running
-        if state.confirmed and running:
-            verify_slot(root, state.confirmed, running)
+        try:
+            if state.confirmed and running:
+                verify_slot(root, state.confirmed, running)
+        except VerificationFailed as error:
+            return _without_running(root, state, done, error, to_replace)
         point_current(root, state.confirmed)
         done.append(f"{root / CURRENT} was changed and is set right")
     return state, done
+
+
+def _without_running(
+    root: Path, state: State, done: list[str], error: VerificationFailed, to_replace: bool
+) -> tuple[State, list[str]]:
+    """The state where ``current`` was changed and the confirmed slot is damaged."""
+    try:
+        state, said = fall_back(root, state, str(error))
+        return state, [*done, said]
+    except VerificationFailed:
+        if not to_replace:
+            raise
+    point_current(root, None)
+    state = state.changed(confirmed=None)
+    write_state(root, state)
+    return state, [*done, f"nothing runs: {error}"]
+
+
+def fall_back(root: Path, state: State, reason: str) -> tuple[State, str]:
+    """Let the other slot run where the confirmed one is damaged, and empty that; what was done, in a sentence.
+
+    Raises:
+        VerificationFailed: the other slot is empty, was never confirmed, or is damaged, too.
+    """
+    damaged, name = state.confirmed, state.previous
+    slot = state.slots[name] if name else None
+    if damaged is None or name is None or slot is None or not slot.confirmed:
+        raise VerificationFailed(f"{reason}; no other bundle is kept, so install one with 'amoeba bundle install'")
+    try:
+        verify_slot(root, name, slot)
+    except VerificationFailed as error:
+        raise VerificationFailed(f"{reason}; the other slot is damaged, too ({error}): install a bundle") from None
+    pending = state.changed(pending=name)
+    write_state(root, pending)
+    point_current(root, name)
+    after = pending.changed(confirmed=name, pending=None).holding(damaged, None)
+    write_state(root, after)
+    empty_slot(root, damaged)
+    return after, f"{reason}; slot {name}, which ran before, runs again"
