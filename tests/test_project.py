@@ -13,7 +13,8 @@ from jsonschema import Draft202012Validator
 from projects import Project
 
 from amoeba_deploy.errors import BadInput
-from amoeba_deploy.project.config import load_project, schema, search_options, shape_of
+from amoeba_deploy.project.asked import search_options, shape_of
+from amoeba_deploy.project.config import load_project, schema
 from amoeba_deploy.project.inputs import UNUSED
 from amoeba_deploy.project.template import SCHEMA, template, write_project
 

@@ -6,18 +6,14 @@ The form is one pydantic model; docs/amoeba.toml.schema.json is the JSON Schema 
 from __future__ import annotations
 
 import difflib
-import re
 import tomllib
-from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import click
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
 
 from amoeba_deploy.errors import BadInput
-from amoeba_deploy.options import Latency, Memory
 
 CONFIG = "amoeba.toml"
 SCHEMA_ID = "https://json-schema.org/draft/2020-12/schema"
@@ -260,57 +256,3 @@ def _keys(path: list[str]) -> list[str]:
         kinds = (found[0].annotation, *get_args(found[0].annotation))
         model = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), model)
     return [field.alias or name for name, field in model.model_fields.items()]
-
-
-def milliseconds(text: str | None) -> float | None:
-    """A latency of the file in milliseconds."""
-    return None if text is None else Latency().convert(text, None, None)
-
-
-def byte_count(text: str | None) -> float | None:
-    """An amount of memory of the file in bytes."""
-    return None if text is None else Memory().convert(text, None, None)
-
-
-def search_options(loaded: Loaded, target: Target) -> Mapping[str, Any]:
-    """The options of ``search`` that a target stands for, with its first flow and precision left open.
-
-    Raises:
-        BadInput: a limit is zero.
-    """
-    try:
-        return {
-            "device": device_of(loaded, target),
-            "latency": milliseconds(target.latency),
-            "metric": target.metric,
-            "memory": byte_count(target.memory),
-            "tpot": milliseconds(target.tpot),
-            "ttft": milliseconds(target.ttft),
-            "e2e": milliseconds(target.e2e),
-            "size": byte_count(target.size),
-            "max_loss": target.max_loss,
-            "flow": None,
-            "precision": None,
-            "table": tuple(loaded.path(file) for file in target.table),
-            "measured_only": target.measured_only,
-            "settings": tuple(target.settings.items()),
-            "batch": target.workload.batch,
-            "prompt": target.workload.prompt,
-            "tokens": target.workload.tokens,
-            "context": target.workload.context,
-        }
-    except click.UsageError as error:
-        raise BadInput(f"{loaded.file}: {error.message}") from None
-
-
-def device_of(loaded: Loaded, target: Target) -> str:
-    """A target's device by its name, or the path of its file, which is relative to the project's."""
-    device = str(target.device)
-    return str(loaded.path(device)) if device.endswith(".toml") or re.search(r"[/\\]", device) else device
-
-
-def shape_of(loaded: Loaded, target: Target) -> str | None:
-    """The shape that a target names; the path of a plan file is relative to the project's file."""
-    if target.shape is not None and target.shape.endswith(".json"):
-        return str(loaded.path(target.shape))
-    return target.shape

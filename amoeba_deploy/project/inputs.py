@@ -21,8 +21,9 @@ from amoeba_deploy.checkpoint import EMBEDDED, own_files
 from amoeba_deploy.errors import AmoebaError, BadInput
 from amoeba_deploy.profiles.device import LOCAL, load_device
 from amoeba_deploy.profiles.machine import fingerprint
-from amoeba_deploy.project.cache import FileDigests
-from amoeba_deploy.project.config import Loaded, Target, device_of
+from amoeba_deploy.project.asked import device_of
+from amoeba_deploy.project.config import Loaded, Target
+from amoeba_deploy.project.digests import FileDigests
 
 BASE_PACKAGES = ("numpy", "safetensors", "tokenizers", "torch", "transformers")
 """Packages that take part in every build."""

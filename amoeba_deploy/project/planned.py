@@ -10,8 +10,10 @@ from typing import Any
 
 from amoeba_deploy.errors import AmoebaError, BadInput
 from amoeba_deploy.profiles.device import LOCAL, load_device
-from amoeba_deploy.project.cache import BuildCache, Entry, FileDigests
-from amoeba_deploy.project.config import Loaded, device_of
+from amoeba_deploy.project.asked import device_of
+from amoeba_deploy.project.cache import BuildCache, Entry
+from amoeba_deploy.project.config import Loaded
+from amoeba_deploy.project.digests import FileDigests
 from amoeba_deploy.project.inputs import Inputs, inputs_of
 from amoeba_deploy.project.result import Result, State
 

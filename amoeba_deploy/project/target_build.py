@@ -17,8 +17,9 @@ from amoeba_deploy.profiles.device import LOCAL, load_device
 from amoeba_deploy.profiles.machine import fingerprint
 from amoeba_deploy.profiles.shipped import shipped_tables
 from amoeba_deploy.progress import Progress
+from amoeba_deploy.project.asked import search_options, shape_of
 from amoeba_deploy.project.cache import BuildCache, Entry
-from amoeba_deploy.project.config import Loaded, Target, search_options, shape_of
+from amoeba_deploy.project.config import Loaded, Target
 from amoeba_deploy.project.figures import figures_of, machines_of
 from amoeba_deploy.project.inputs import Inputs
 from amoeba_deploy.request import Answer, Request
