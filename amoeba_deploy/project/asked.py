@@ -1,4 +1,4 @@
-"""What a target asks a search for: its options in the form of ``amoeba search``, paths taken from the project's file."""
+"""What a target asks a search for: the options of ``amoeba search``, with paths relative to the project's file."""
 
 from __future__ import annotations
 
