@@ -570,6 +570,20 @@ def test_a_build_leaves_nothing_temporary_and_takes_away_what_killed_ones_left(
     assert list(BuildCache().work_folder().iterdir()) == []
 
 
+def test_an_interrupt_from_the_terminal_is_one_sentence(project: Project) -> None:
+    process = subprocess.Popen(
+        command(project, "--jobs", "2"), start_new_session=True, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    while "building onnx" not in process.stderr.readline():
+        pass
+    os.killpg(process.pid, signal.SIGINT)
+    said = process.stderr.read()
+    assert process.wait() == 1
+    assert "Traceback" not in said
+    assert sentence(said).startswith("amoeba: interrupted")
+
+
 def test_a_full_disk_is_one_sentence(project: Project) -> None:
     project.build()
     shutil.rmtree(project.folder / "dist")
