@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from amoeba_deploy.bundle import SIGNATURE, check_provenance, run_selftest, verify_files
+from amoeba_deploy.delivery.release import read_release
 from amoeba_deploy.delivery.trust import Trust
 from amoeba_deploy.errors import BadInput, ToolchainMissing
 from amoeba_deploy.manifest import check_manifest
@@ -26,6 +27,7 @@ class Checked:
     signer: str | None
     """Whose signature it is; None where it was not held against any key."""
     serial: int | None
+    """Of its release; nothing vouches for it where the signature was not held against a key."""
     selftest_tokens: int | None
     """Tokens that the engine was compared on; None where it cannot run here."""
     not_run: str | None
@@ -49,7 +51,8 @@ class Checked:
         if self.signer:
             found.append(f"signed by {self.signer} as release {self.serial}")
         elif self.signed:
-            found.append("its signature was not checked (give --public-key)")
+            release = f"release {self.serial}, " if self.serial is not None else ""
+            found.append(f"{release}its signature was not checked (give --public-key)")
         if self.not_run is None:
             found.append(f"{self.selftest_tokens} self-test tokens equal")
         else:
@@ -64,19 +67,19 @@ def check_bundle(folder: Path, trusted: Sequence[Path], progress: Progress) -> C
         VerificationFailed: a file, the signature or the engine is not what it should be.
         BadInput: the folder is no bundle, or its manifest is not of the form.
     """
-    signer, serial = None, None
+    signer = None
     if trusted:
-        from amoeba_deploy.delivery.signing import read_release, verify_signature
+        from amoeba_deploy.delivery.signing import verify_signature
 
         trust = Trust.of(trusted)
         if not trust:
             raise BadInput(f"{trusted[0]}: holds no public key or certificate (.pub, .pem, .crt); put one there")
         signed = verify_signature(folder, trust)
-        release = read_release(folder)
-        signer, serial = signed.signer, release.serial if release else None
+        signer = signed.signer
         manifest = verify_files(folder, signed.digests)
     else:
         manifest = verify_files(folder)
+    release = read_release(folder)
     check_manifest(manifest, folder)
     read_selftest(folder)
     progress.say("files intact, running the self-test")
@@ -86,4 +89,5 @@ def check_bundle(folder: Path, trusted: Sequence[Path], progress: Progress) -> C
     except ToolchainMissing as error:
         reason = str(error).removeprefix(f"{folder}: ")
     check_provenance(folder)
+    serial = release.serial if release else None
     return Checked(folder, len(manifest["files"]), (folder / SIGNATURE).is_file(), signer, serial, count, reason)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+
+from amoeba_deploy.delivery import certificates
 
 DAY = datetime.timedelta(days=1)
 
@@ -76,10 +81,24 @@ def make_authority(
     return Authority(file, certificate, key)
 
 
+@contextmanager
+def at_day(days: float) -> Iterator[None]:
+    """Let certificates be looked at so many days from now."""
+    moment = datetime.datetime.now(datetime.UTC) + days * DAY
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(certificates, "_now", lambda: moment)
+        yield
+
+
 def make_certificate(
-    folder: Path, authority: Authority, name: str = "signer", days: tuple[int, int] = (-30, 30)
+    folder: Path,
+    authority: Authority,
+    name: str = "signer",
+    days: tuple[int, int] = (-30, 30),
+    signs: bool = True,
+    extended: x509.ObjectIdentifier | None = None,
 ) -> tuple[KeyPair, Path]:
-    """A key pair, and the certificate for it that an authority issued."""
+    """A key pair, and the certificate for it that an authority issued; ``signs`` is its key usage."""
     pair = make_key(folder, name)
     key = serialization.load_pem_private_key(pair.private.read_bytes(), None)
     assert isinstance(key, ec.EllipticCurvePrivateKey)
@@ -91,7 +110,7 @@ def make_certificate(
         ),
         False,
     )
-    certificate = (
+    builder = (
         x509.CertificateBuilder()
         .subject_name(_name(name))
         .issuer_name(authority.certificate.subject)
@@ -100,9 +119,11 @@ def make_certificate(
         .not_valid_before(begin)
         .not_valid_after(end)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(x509.KeyUsage(digital_signature=True, **usage), critical=True)
-        .sign(authority.key, hashes.SHA256())
+        .add_extension(x509.KeyUsage(digital_signature=signs, **{**usage, "key_agreement": not signs}), critical=True)
     )
+    if extended:
+        builder = builder.add_extension(x509.ExtendedKeyUsage([extended]), critical=False)
+    certificate = builder.sign(authority.key, hashes.SHA256())
     file = folder / f"{name}.crt"
     file.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
     return pair, file

@@ -14,7 +14,7 @@ import pytest
 from bundles import Shop, change, check_confirmed, check_running, checked_here, install, own_copy, spoil_weights, step
 from click.testing import Result
 from conftest import amoeba, sentence
-from signers import make_authority, make_certificate, make_key
+from signers import at_day, make_authority, make_certificate, make_key
 
 from amoeba_deploy.bundle import read_manifest
 from amoeba_deploy.delivery.archive import pack
@@ -247,7 +247,8 @@ def test_certificates(shop: Shop, tmp_path: Path, days: tuple[int, int], code: i
     authority = make_authority(tmp_path / "keys")
     pair, certificate = make_certificate(tmp_path / "keys", authority, days=days)
     bundle = Path(shutil.copytree(shop.built, tmp_path / "bundle"))
-    sign(bundle, pair.private, certificate=Certificate(certificate), serial=1)
+    with at_day(sum(days) / 2):
+        sign(bundle, pair.private, certificate=Certificate(certificate), serial=1)
     (root := tmp_path / "root" / "trust").mkdir(parents=True)
     shutil.copy(authority.file, root)
     done = try_install(bundle, tmp_path / "root")

@@ -13,12 +13,14 @@ import jsonschema
 import pytest
 from conftest import QUIET, amoeba, sentence
 from registries import INDEX_TYPE, WEIGHTS, Registry, contents, needs_registry, noise, running_registry, small_bundle
+from signers import make_key
 
 from amoeba_deploy.bundle import verify_files
 from amoeba_deploy.delivery.connection import Connection
 from amoeba_deploy.delivery.media_types import media_type_of
 from amoeba_deploy.delivery.reference import Reference, is_loopback
 from amoeba_deploy.delivery.registry import pull, push
+from amoeba_deploy.delivery.signing import sign
 from amoeba_deploy.errors import BadInput, VerificationFailed
 
 pytestmark = needs_registry
@@ -411,3 +413,20 @@ def test_other_machines_are_spoken_to_with_tls_unless_told_otherwise(host: str) 
     assert not is_loopback(host)
     assert Connection(Reference(host, "a")).url("x").startswith("https://")
     assert Connection(Reference(host, "a"), plain_http=True).url("x").startswith("http://")
+
+
+def test_a_signed_bundle_is_pushed_only_as_it_was_signed(registry: Registry, bundle: Path, tmp_path: Path) -> None:
+    sign(bundle, make_key(tmp_path / "keys").private, serial=1)
+    reference = registry.reference("team/signed:1")
+    whole = (bundle / "release.json").read_bytes()
+    (bundle / "release.json").write_bytes(whole.replace(b"1", b"2", 1))
+    said = sentence(amoeba("bundle", "push", bundle, reference, "--quiet"), 5)
+    assert "is not what was signed: release.json is changed; sign it again" in said
+    (bundle / "release.json").unlink()
+    assert "release.json is missing" in sentence(amoeba("bundle", "push", bundle, reference, "--quiet"), 5)
+    (bundle / "release.json").write_bytes(whole)
+    signature = (bundle / "model.sig").read_bytes()
+    (bundle / "model.sig").write_bytes(signature[:-20])
+    assert "model.sig: is damaged" in sentence(amoeba("bundle", "push", bundle, reference, "--quiet"), 5)
+    (bundle / "model.sig").write_bytes(signature)
+    assert amoeba("bundle", "push", bundle, reference, "--quiet").exit_code == 0

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import random
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -12,12 +14,16 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.x509.oid import ExtendedKeyUsageOID
 from in_toto_attestation.v1.statement import Statement
-from signers import KeyPair, make_authority, make_certificate, make_key
+from signers import Authority, KeyPair, at_day, make_authority, make_certificate, make_key
 
 from amoeba_deploy.bundle import UNLISTED, verify_files
 from amoeba_deploy.cli import main
+from amoeba_deploy.delivery.keys import key_file
 from amoeba_deploy.delivery.signing import Certificate, Trust, read_release, sign, verify_signature
 from amoeba_deploy.errors import BadInput, VerificationFailed
 
@@ -135,10 +141,42 @@ def test_the_commands_sign_and_verify(bundle: Path, pair: KeyPair) -> None:
 def test_a_key_with_a_password_signs(bundle: Path, tmp_path: Path) -> None:
     own = make_key(tmp_path, "locked", password=b"open sesame")
     command = ("bundle", "sign", bundle, "--private-key", own.private)
-    assert "password" in sentence(amoeba(*command), 2).lower()
+    assert "is encrypted; put its password into AMOEBA_KEY_PASSWORD" in sentence(amoeba(*command), 2)
+    said = sentence(amoeba(*command, AMOEBA_KEY_PASSWORD="open barley"), 2)
+    assert "the password in AMOEBA_KEY_PASSWORD is not that of this key" in said
     assert not (bundle / "model.sig").exists()
     assert amoeba(*command, AMOEBA_KEY_PASSWORD="open sesame").exit_code == 0
     assert verify_signature(bundle, Trust.of([own.public])).signer == "locked.pub"
+
+
+def test_a_password_of_a_key_that_has_none(bundle: Path, pair: KeyPair) -> None:
+    command = ("bundle", "sign", bundle, "--private-key", pair.private)
+    assert "is not encrypted, and AMOEBA_KEY_PASSWORD is set" in sentence(amoeba(*command, AMOEBA_KEY_PASSWORD="x"), 2)
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["pem", "path"])
+def test_a_key_in_a_variable_signs(bundle: Path, pair: KeyPair, whole: bool) -> None:
+    value = pair.private.read_text() if whole else str(pair.private)
+    done = amoeba("bundle", "sign", bundle, "--private-key", "env:RELEASE_KEY", RELEASE_KEY=value)
+    assert done.exit_code == 0, done.output
+    verify_signature(bundle, Trust.of([pair.public]))
+
+
+def test_a_variable_that_is_not_set_or_holds_no_key(bundle: Path) -> None:
+    command = ("bundle", "sign", bundle, "--private-key", "env:RELEASE_KEY")
+    assert "the environment variable RELEASE_KEY is not set" in sentence(amoeba(*command), 2)
+    damaged = "-----BEGIN PRIVATE KEY-----\nx"
+    assert "amoeba: env:RELEASE_KEY: is damaged" in sentence(amoeba(*command, RELEASE_KEY=damaged), 2)
+
+
+def test_where_a_key_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with key_file("keys/a.pem", tmp_path) as file:
+        assert file == tmp_path / "keys" / "a.pem"
+    monkeypatch.setenv("RELEASE_KEY", "-----BEGIN X-----\nx\n")
+    with key_file("env:RELEASE_KEY", tmp_path) as file:
+        assert file.read_text() == "-----BEGIN X-----\nx\n"
+        assert file.stat().st_mode & 0o777 == 0o600
+    assert not file.exists()
 
 
 def test_openssls_own_keys_sign(bundle: Path, tmp_path: Path) -> None:
@@ -189,16 +227,88 @@ def test_a_certificate_out_of_its_time_is_refused(
 ) -> None:
     authority = make_authority(tmp_path, days=authority_days)
     own, certificate = make_certificate(tmp_path, authority, days=days)
-    command = ("bundle", "sign", bundle, "--private-key", own.private, "--certificate", certificate)
-    assert amoeba(*command).exit_code == 0
+    with at_day(sum(days) / 2):
+        sign(bundle, own.private, certificate=Certificate(certificate))
     assert said in sentence(amoeba("bundle", "verify", bundle, "--public-key", authority.file, "--quiet"), 5)
 
 
 def test_a_certificate_of_another_key_does_not_sign(bundle: Path, pair: KeyPair, tmp_path: Path) -> None:
     _, certificate = make_certificate(tmp_path, make_authority(tmp_path))
-    with pytest.raises(BadInput, match="does not match"):
+    with pytest.raises(BadInput, match="does not match") as found:
         sign(bundle, pair.private, certificate=Certificate(certificate))
+    assert "openssl" not in str(found.value)
     assert not (bundle / "release.json").exists()
+
+
+@pytest.mark.parametrize(("days", "said"), [((-30, -1), "expired on"), ((1, 30), "is valid from")])
+def test_a_certificate_out_of_its_time_does_not_sign(
+    bundle: Path, tmp_path: Path, days: tuple[int, int], said: str
+) -> None:
+    own, certificate = make_certificate(tmp_path, make_authority(tmp_path), days=days)
+    command = ("bundle", "sign", bundle, "--private-key", own.private, "--certificate", certificate)
+    assert said in sentence(amoeba(*command), 2)
+    assert not (bundle / "release.json").exists()
+
+
+def test_an_authority_out_of_its_time_does_not_go_along(bundle: Path, tmp_path: Path) -> None:
+    authority = make_authority(tmp_path, days=(-400, -1))
+    own, certificate = make_certificate(tmp_path, authority)
+    with pytest.raises(BadInput, match="'CN=authority' expired on"):
+        sign(bundle, own.private, certificate=Certificate(certificate, (authority.file,)))
+
+
+def test_a_certificate_that_is_not_for_signing_does_not_sign(bundle: Path, tmp_path: Path) -> None:
+    authority = make_authority(tmp_path)
+    own, certificate = make_certificate(tmp_path, authority, signs=False, extended=ExtendedKeyUsageOID.SERVER_AUTH)
+    with pytest.raises(BadInput, match="'CN=signer' is not meant for signing"):
+        sign(bundle, own.private, certificate=Certificate(certificate))
+    own, certificate = make_certificate(tmp_path, authority, signs=False, extended=ExtendedKeyUsageOID.CODE_SIGNING)
+    sign(bundle, own.private, certificate=Certificate(certificate))
+    verify_signature(bundle, Trust.of([authority.file]))
+
+
+def test_a_chain_out_of_order_does_not_sign(bundle: Path, tmp_path: Path) -> None:
+    root = make_authority(tmp_path, "root")
+    between = make_authority(tmp_path, "between", above=root)
+    own, certificate = make_certificate(tmp_path, between)
+    with pytest.raises(BadInput, match="was not issued by 'CN=root'"):
+        sign(bundle, own.private, certificate=Certificate(certificate, (root.file, between.file)))
+
+
+def test_a_certificate_below_one_that_is_no_authority_does_not_sign(bundle: Path, tmp_path: Path) -> None:
+    pair, file = make_certificate(tmp_path, make_authority(tmp_path), "no-authority")
+    key = serialization.load_pem_private_key(pair.private.read_bytes(), None)
+    assert isinstance(key, ec.EllipticCurvePrivateKey)
+    below = Authority(file, x509.load_pem_x509_certificate(file.read_bytes()), key)
+    own, certificate = make_certificate(tmp_path, below)
+    with pytest.raises(BadInput, match="was not issued by 'CN=no-authority' as an authority"):
+        sign(bundle, own.private, certificate=Certificate(certificate, (file,)))
+
+
+def test_signing_says_until_when_and_whom_devices_must_trust(bundle: Path, tmp_path: Path) -> None:
+    root = make_authority(tmp_path, "root")
+    between = make_authority(tmp_path, "between", above=root, days=(-10, 20))
+    own, certificate = make_certificate(tmp_path, between)
+    command = ("bundle", "sign", bundle, "--private-key", own.private, "--certificate", certificate)
+    done = amoeba(*command)
+    assert done.exit_code == 0, done.output
+    assert "devices must trust the certificate of 'CN=between'" in done.stderr
+    day = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=30)
+    assert done.stdout.endswith(f"by a certificate valid until {day:%Y-%m-%d}\n")
+    done = amoeba(*command, "--chain", between.file)
+    assert "devices must trust the certificate of 'CN=root'" in done.stderr
+    done = amoeba(*command, "--chain", between.file, "--chain", root.file, "--json")
+    assert "must trust" not in done.stderr
+    until = json.loads(done.stdout)["valid_until"]
+    assert until.startswith(f"{day - datetime.timedelta(days=10):%Y-%m-%d}")
+
+
+def test_an_encrypted_key_with_a_certificate(bundle: Path, tmp_path: Path) -> None:
+    _, certificate = make_certificate(tmp_path, make_authority(tmp_path))
+    own = make_key(tmp_path, "locked", password=b"open sesame")
+    command = ("bundle", "sign", bundle, "--private-key", own.private, "--certificate", certificate)
+    said = sentence(amoeba(*command, AMOEBA_KEY_PASSWORD="open sesame"), 2)
+    assert "cannot be encrypted; decrypt it with" in said
 
 
 def test_a_key_alone_is_no_stand_in_for_its_certificate(bundle: Path, tmp_path: Path) -> None:
@@ -222,6 +332,29 @@ def test_any_flipped_byte_of_a_chain_is_refused(bundle: Path, tmp_path: Path) ->
             verify_signature(bundle, trust)
     file.write_bytes(whole)
     verify_signature(bundle, trust)
+
+
+def test_the_documents_own_authority_signs_for_devices(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every line of the example is run as it stands there."""
+    text = (Path(__file__).parent.parent / "docs" / "registry.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```sh\n(.*?)```", text.partition("## Keys and certificates")[2], re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    shutil.copytree(bundle, tmp_path / "out", dirs_exist_ok=True)
+    shell, ours = example.split("# Then")
+    done = subprocess.run(["sh", "-ec", shell], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    commands = [line.partition("#")[0].split() for line in ours.splitlines() if line.startswith("amoeba ")]
+    assert [command[2] for command in commands] == ["sign", "verify"]
+    for _, *command in commands:
+        result = amoeba(*command, "--quiet")
+        assert result.exit_code == 0, result.output
+    assert "signed by CN=releases" in result.output
+    assert verify_signature(tmp_path / "out", Trust.of_folder(tmp_path / "trust")).signer == "CN=releases"
+    end = x509.load_pem_x509_certificate((tmp_path / "signer.crt").read_bytes()).not_valid_after_utc
+    assert end > datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=300)
 
 
 # What does not hold
@@ -314,6 +447,19 @@ def test_a_changed_bundle_is_refused(signed: Path, pair: KeyPair, change: Callab
     assert sentence(amoeba("bundle", "verify", signed, "--public-key", pair.public, "--quiet"), 5)
 
 
+def test_a_link_is_refused_in_our_own_words(signed: Path, pair: KeyPair) -> None:
+    _link(signed)
+    said = sentence(amoeba("bundle", "verify", signed, "--public-key", pair.public, "--quiet"), 5)
+    assert "config.json: is a link, which a bundle does not hold" in said
+    assert "symlink" not in said
+
+
+def test_the_serial_is_shown_without_a_key_too(signed: Path) -> None:
+    found = json.loads(amoeba("bundle", "verify", signed, "--json", "--quiet").stdout)
+    assert (found["serial"], found["signer"]) == (7, None)
+    assert "release 7, its signature was not checked" in amoeba("bundle", "verify", signed, "--quiet").stdout
+
+
 def test_a_wrong_key_is_refused(signed: Path, tmp_path: Path) -> None:
     other = make_key(tmp_path, "other").public
     said = sentence(amoeba("bundle", "verify", signed, "--public-key", other, "--quiet"), 5)
@@ -350,8 +496,20 @@ def test_keys_that_cannot_sign_are_refused(bundle: Path, pair: KeyPair, tmp_path
     damaged = tmp_path / "damaged.key"
     damaged.write_text(pair.private.read_text()[:100])
     other_curve = make_key(tmp_path, "other", curve=ec.SECP256K1).private
-    for key in (damaged, other_curve, pair.public, tmp_path / "missing.key", tmp_path):
-        assert str(key) in sentence(amoeba("bundle", "sign", bundle, "--private-key", key), 2)
+    secrets: dict[str, Any] = {"rsa": rsa.generate_private_key(65537, 2048), "ed": ed25519.Ed25519PrivateKey.generate()}
+    for name, secret in secrets.items():
+        form = (serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+        (tmp_path / f"{name}.key").write_bytes(secret.private_bytes(serialization.Encoding.PEM, *form))
+    for key, said in (
+        (damaged, "is damaged or no key that signs"),
+        (other_curve, "is a key of the curve secp256k1; signing takes one of P-256, P-384, P-521: make one with"),
+        (tmp_path / "rsa.key", "is an RSA key; signing takes an elliptic-curve key (P-256, P-384, P-521): make one"),
+        (tmp_path / "ed.key", "is an Ed25519 key; signing takes"),
+        (pair.public, "holds no private key in PEM"),
+        (tmp_path / "missing.key", "is no file"),
+        (tmp_path, "is no file"),
+    ):
+        assert f"{key}: {said}" in sentence(amoeba("bundle", "sign", bundle, "--private-key", key), 2)
     assert not (bundle / "release.json").exists()
 
 

@@ -46,7 +46,9 @@ def bundle_verify(path: Path, trust: tuple[Path, ...], as_json: bool, quiet: boo
 @bundle.command("sign")
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option(
-    "--private-key", required=True, type=click.Path(path_type=Path), help="Elliptic-curve key (P-256 or more) in PEM."
+    "--private-key",
+    required=True,
+    help="Elliptic-curve key (P-256, P-384, P-521) in PEM, or env:NAME of a variable with its path or the PEM.",
 )
 @click.option("--certificate", type=click.Path(path_type=Path), help="Certificate of that key in PEM.")
 @click.option(
@@ -63,7 +65,7 @@ def bundle_verify(path: Path, trust: tuple[Path, ...], as_json: bool, quiet: boo
 @output_options
 def bundle_sign(
     path: Path,
-    private_key: Path,
+    private_key: str,
     certificate: Path | None,
     chain: tuple[Path, ...],
     serial: int | None,
@@ -80,16 +82,25 @@ def bundle_sign(
     """
     import os
 
-    from amoeba_deploy.delivery.signing import Certificate, sign
+    from amoeba_deploy.delivery.keys import PASSWORD, key_file
+    from amoeba_deploy.delivery.signing import Certificate, check_certificate, sign
+    from amoeba_deploy.delivery.trust import require_signing
     from amoeba_deploy.errors import BadInput
 
     if chain and certificate is None:
         raise BadInput("--chain is of a certificate; give --certificate, too")
     of_key = Certificate(certificate, chain) if certificate else None
-    password = os.environ.get("AMOEBA_KEY_PASSWORD") or None
-    release = sign(path, private_key, certificate=of_key, serial=serial, password=password)
-    value = {"path": str(path), "serial": release.serial, "signed": release.signed}
-    emit(value, as_json, lambda: click.echo(f"{path}: signed as release {release.serial}"))
+    password = os.environ.get(PASSWORD) or None
+    require_signing()
+    with key_file(private_key, Path()) as file:
+        fit = check_certificate(file, of_key, password) if of_key else None
+        release = sign(path, file, certificate=of_key, serial=serial, password=password)
+    if fit and fit.issuer:
+        Progress(quiet).say(f"note: devices must trust the certificate of '{fit.issuer}', which is not in --chain")
+    until = fit.until.isoformat() if fit else None
+    value = {"path": str(path), "serial": release.serial, "signed": release.signed, "valid_until": until}
+    said = f", by a certificate valid until {fit.until:%Y-%m-%d}" if fit else ""
+    emit(value, as_json, lambda: click.echo(f"{path}: signed as release {release.serial}{said}"))
 
 
 @bundle.command("finish")

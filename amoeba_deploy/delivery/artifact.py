@@ -17,6 +17,7 @@ from amoeba_deploy.bundle import MANIFEST, MAX_MANIFEST, UNLISTED, verify_files
 from amoeba_deploy.delivery import media_types
 from amoeba_deploy.delivery.paths import check_paths
 from amoeba_deploy.delivery.reference import is_digest
+from amoeba_deploy.delivery.statement import check_statement
 from amoeba_deploy.errors import BadInput
 from amoeba_deploy.files import sha256_of
 
@@ -87,11 +88,12 @@ def artifact_of(folder: Path) -> Artifact:
 
     Raises:
         BadInput: the folder is no bundle, or a file's name cannot be in one everywhere.
-        VerificationFailed: a file is changed, missing or not listed.
+        VerificationFailed: a file is changed, missing or not listed, or not as it was signed.
     """
     facts = verify_files(folder)
     digests = {name: entry["sha256"] for name, entry in facts["files"].items()}
     digests |= {name: sha256_of(folder / name) for name in UNLISTED if (folder / name).is_file()}
+    check_statement(folder, digests)
     check_paths(digests, str(folder))
     sizes = {name: (folder / name).stat().st_size for name in digests}
     layers = tuple(Layer(name, Blob(f"sha256:{digests[name]}", sizes[name])) for name in sorted(digests))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,19 +39,104 @@ def check_chain(chain: Sequence[bytes], authorities: Sequence[Path], where: str)
             f"{where}: its certificate '{_name(certificates[0])}' comes from no trusted authority; trust the one that "
             f"issued it, or get the bundle from who is trusted"
         )
-    now = datetime.datetime.now(datetime.UTC)
     for one in (*certificates, issuer):
-        if one.not_valid_after_utc < now:
-            raise VerificationFailed(
-                f"{where}: the certificate '{_name(one)}' expired on {one.not_valid_after_utc:%Y-%m-%d}; have the "
-                f"bundle signed again with a valid one"
+        said = _out_of_time(one)
+        if said is not None:
+            how = (
+                "have the bundle signed again with a valid one" if "expired" in said else "look at this machine's clock"
             )
-        if one.not_valid_before_utc > now:
-            raise VerificationFailed(
-                f"{where}: the certificate '{_name(one)}' is valid from {one.not_valid_before_utc:%Y-%m-%d} only; look "
-                f"at this machine's clock"
-            )
+            raise VerificationFailed(f"{where}: the certificate '{_name(one)}' {said}; {how}")
     return _name(certificates[0])
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a certificate says that can sign."""
+
+    until: datetime.datetime
+    """Up to when it, and those above it that come along, are valid (UTC)."""
+    issuer: str | None
+    """Which authority devices must trust; None where the last that comes along is that authority itself."""
+
+
+def check_signing(private_key: Path, public_key: object, file: Path, chain: Sequence[Path]) -> Fit:
+    """Check that devices will accept what is signed now with a key and its certificate.
+
+    Args:
+        private_key: the key's file, to name it.
+        public_key: what belongs to the key.
+        file: the certificate, in PEM.
+        chain: files of those above it.
+
+    Raises:
+        BadInput: a certificate is of another key, not valid now, not for signing, or not issued by the next.
+    """
+    own = _read(file)
+    certificates = list(dict.fromkeys([own[0], *(one for each in chain or (file,) for one in _read(each))]))
+    first = certificates[0]
+    if first.public_key() != public_key:
+        raise BadInput(
+            f"{file}: does not match {private_key}, it is the certificate of another key; give the one that was issued "
+            f"for this key"
+        )
+    for one in certificates:
+        said = _out_of_time(one)
+        if said is not None:
+            raise BadInput(f"{file}: the certificate '{_name(one)}' {said}; sign with one that is valid now")
+    if not _may_sign(first):
+        raise BadInput(
+            f"{file}: the certificate '{_name(first)}' is not meant for signing; have one issued with the key usage "
+            f"digitalSignature or the extended key usage codeSigning"
+        )
+    for one, above in itertools.pairwise(certificates):
+        if not _issued(one, above) or not _is_authority(above):
+            raise BadInput(
+                f"{file}: the certificate '{_name(one)}' was not issued by '{_name(above)}' as an authority (CA:TRUE), "
+                f"which comes next; give --chain from the certificate upwards"
+            )
+    last = certificates[-1]
+    issuer = None if _issued(last, last) else last.issuer.rfc4514_string() or "without a name"
+    return Fit(min(one.not_valid_after_utc for one in certificates), issuer)
+
+
+def _out_of_time(certificate: Certificate) -> str | None:
+    """Why a certificate is not valid now, or None."""
+    if certificate.not_valid_after_utc < _now():
+        return f"expired on {certificate.not_valid_after_utc:%Y-%m-%d}"
+    if certificate.not_valid_before_utc > _now():
+        return f"is valid from {certificate.not_valid_before_utc:%Y-%m-%d} only"
+    return None
+
+
+def _now() -> datetime.datetime:
+    return datetime.datetime.now(datetime.UTC)
+
+
+def _may_sign(certificate: Certificate) -> bool:
+    """Whether model-signing accepts a certificate for signatures."""
+    from cryptography import x509
+    from cryptography.x509.oid import ExtendedKeyUsageOID
+
+    try:
+        usage = certificate.extensions.get_extension_for_class(x509.KeyUsage)
+        if usage.value.digital_signature:
+            return True
+    except (x509.ExtensionNotFound, ValueError):
+        pass
+    try:
+        extended = certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage)
+    except (x509.ExtensionNotFound, ValueError):
+        return False
+    return ExtendedKeyUsageOID.CODE_SIGNING in extended.value
+
+
+def _is_authority(certificate: Certificate) -> bool:
+    from cryptography import x509
+
+    try:
+        return certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+    except (x509.ExtensionNotFound, ValueError):
+        return False
 
 
 def _read(file: Path) -> list[Certificate]:

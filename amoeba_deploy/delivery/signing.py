@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from amoeba_deploy.bundle import RELEASE, SIGNATURE, verify_files
-from amoeba_deploy.delivery.certificates import check_chain
+from amoeba_deploy.bundle import RELEASE, SIGNATURE, bundle_files, verify_files
+from amoeba_deploy.delivery.certificates import Fit, check_chain, check_signing
+from amoeba_deploy.delivery.keys import PASSWORD, load_private_key
 from amoeba_deploy.delivery.release import Release, new_release, read_release, write_release
 from amoeba_deploy.delivery.statement import key_hint, read_statement
 from amoeba_deploy.delivery.trust import Trust, require_signing
@@ -83,30 +84,37 @@ def _signer(private_key: Path, certificate: Certificate | None, password: str | 
     from model_signing import hashing, signing
 
     config = signing.Config().set_hashing_config(hashing.Config().set_ignored_paths(paths=[SIGNATURE]))
-    files = (private_key, *((certificate.file, *certificate.chain) if certificate else ()))
-    for file in files:
-        if not file.is_file():
-            raise BadInput(f"{file}: is no file; give the key or certificate that signs in PEM")
+    if certificate is None:
+        load_private_key(private_key, password)
+    else:
+        check_certificate(private_key, certificate, password)
     try:
         if certificate is None:
             return config.use_elliptic_key_signer(
                 private_key=private_key,
                 password=password.encode() if password else None,  # what the key's reader takes, whatever it says
             )
-        if password:
-            raise BadInput(f"{private_key}: a key with a certificate cannot have a password; decrypt it first")
         # The library wants a chain that is not empty.
         chain = certificate.chain or (certificate.file,)
         return config.use_certificate_signer(
             private_key=private_key, signing_certificate=certificate.file, certificate_chain=chain
         )
-    except BadInput:
-        raise
-    except Exception as error:  # whatever the cryptography library says of a wrong file
+    except Exception as error:  # whatever the cryptography library says of a file that seemed right
+        raise BadInput(f"{private_key}: cannot sign ({_line(error)}); give another key or certificate") from None
+
+
+def check_certificate(private_key: Path, certificate: Certificate, password: str | None = None) -> Fit:
+    """Until when a key's certificate is valid, and whom devices must trust; raises BadInput where it cannot sign."""
+    for file in (certificate.file, *certificate.chain):
+        if not file.is_file():
+            raise BadInput(f"{file}: is no file; give the certificate that signs in PEM")
+    if private_key.is_file() and b"ENCRYPTED" in private_key.read_bytes():
         raise BadInput(
-            f"{private_key}: cannot sign ({_line(error)}); make a key with 'openssl ecparam -name prime256v1 -genkey "
-            f"-noout -out key.pem'"
-        ) from None
+            f"{private_key}: a key with a certificate cannot be encrypted; decrypt it with 'openssl ec -in "
+            f"{private_key} -out plain.pem', and sign with that and without {PASSWORD}"
+        )
+    key = load_private_key(private_key, password)
+    return check_signing(private_key, key.public_key(), certificate.file, certificate.chain)
 
 
 def verify_signature(folder: Path, trust: Trust) -> Signed:
@@ -121,6 +129,7 @@ def verify_signature(folder: Path, trust: Trust) -> Signed:
     folder = folder.resolve()  # the library refuses a folder that is a link
     if not trust:
         raise BadInput("no key is trusted; give a public key that signatures are held against")
+    bundle_files(folder)  # refuses links, which the library speaks of in words of its own
     statement = read_statement(folder)
     if statement.certificates:
         signer = check_chain(statement.certificates, trust.authorities, f"{folder / SIGNATURE}")

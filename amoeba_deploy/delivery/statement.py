@@ -9,11 +9,13 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from amoeba_deploy.bundle import SIGNATURE
+from amoeba_deploy.delivery.trust import require_signing
 from amoeba_deploy.errors import BadInput, VerificationFailed
 
 SIGNATURE_LIMIT = 32 * 2**20
@@ -72,6 +74,26 @@ def read_statement(folder: Path) -> Statement:
     if not same:
         raise VerificationFailed(f"{file}: is damaged, or no signature of 'amoeba bundle sign'; get the bundle again")
     return Statement(digests, certificates, hint)
+
+
+def check_statement(folder: Path, digests: Mapping[str, str]) -> None:
+    """Check that a bundle's signature, if it has one, speaks of its files as they are; by whom it is, is not asked.
+
+    ``digests`` are the sha256 of all its files, which were just computed.
+
+    Raises:
+        VerificationFailed: it is damaged, or a file was changed, added or removed after signing.
+    """
+    if not (folder / SIGNATURE).is_file():
+        return
+    require_signing()
+    signed, found = read_statement(folder).digests, {k: v for k, v in digests.items() if k != SIGNATURE}
+    if signed != found:
+        first = min(name for name in {*signed, *found} if signed.get(name) != found.get(name))
+        what = "missing" if first not in found else "added" if first not in signed else "changed"
+        raise VerificationFailed(
+            f"{folder}: is not what was signed: {first} is {what}; sign it again with 'amoeba bundle sign'"
+        )
 
 
 def _digests(statement: Any) -> dict[str, str]:
