@@ -20,7 +20,7 @@ from amoeba_deploy.bundle import read_manifest
 from amoeba_deploy.delivery.archive import pack
 from amoeba_deploy.delivery.signing import Certificate, sign
 from amoeba_deploy.device.slots import current_slot
-from amoeba_deploy.device.state import read_state
+from amoeba_deploy.device.state import Refused, read_state
 
 FLIPS = 120
 """Single bytes of a bundle that are changed, one after the other."""
@@ -83,11 +83,11 @@ def files(root: Path) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in found if path.name != "lock"}
 
 
-Refused = Callable[..., str]
+Refusing = Callable[..., str]
 
 
 @pytest.fixture
-def refused(device: Path) -> Refused:
+def refused(device: Path) -> Refusing:
     """Install something that must be refused with an exit code; its sentence. The device must be as it was."""
     before = files(device)
 
@@ -163,7 +163,31 @@ def test_a_bundle_that_was_left_is_installed_when_it_is_asked_for(device: Path, 
     install(eight, device)
     assert amoeba("bundle", "rollback", "--root", device, "--quiet").exit_code == 0
     install(eight, device, "--retry")
-    assert check_confirmed(device).refused is None
+    assert check_confirmed(device).refused == []
+
+
+def test_every_bundle_that_failed_is_remembered_and_the_oldest_forgotten(device: Path, shop: Shop, eight: Path) -> None:
+    failed = [shop.release(8, f"failed-{number}", note=str(number)) for number in range(3)]
+    for made in failed:
+        assert "is not healthy here" in sentence(try_install(made, device, "--health", "false"), 5)
+    install(eight, device)
+    assert amoeba("bundle", "rollback", "--root", device, "--quiet").exit_code == 0
+    for made in failed:
+        assert "is not installed again" in sentence(try_install(made, device), 5)
+    assert "it was rolled back from" in sentence(try_install(eight, device), 5)
+    reasons = [each["reason"] for each in shown(device)["refused"]]
+    assert len(reasons) == 4
+    assert reasons[0] == "it was rolled back from"
+    install(failed[0], device, "--retry")
+    assert len(shown(device)["refused"]) == 3
+    assert amoeba("bundle", "status", "--root", device).stdout.count("not installed again by itself") == 3
+    state = read_state(device)
+    many = [Refused(digest=f"sha256:{number:064x}", reason="x", at="y") for number in range(20)]
+    for each in many:
+        state = state.refusing(each)
+    assert state.refused == many[:3:-1]
+    again = state.refusing(many[10])
+    assert (again.refused[0], len(again.refused)) == (many[10], 16)
 
 
 def test_there_is_nothing_to_roll_back_to(device: Path) -> None:
@@ -203,7 +227,7 @@ def test_a_step_whose_tool_is_missing(device: Path, shop: Shop) -> None:
     check_confirmed(device)
 
 
-def test_a_step_for_a_host_is_not_run_here(refused: Refused, shop: Shop) -> None:
+def test_a_step_for_a_host_is_not_run_here(refused: Refusing, shop: Shop) -> None:
     made = shop.release(8, "for-a-host", steps=[step("true") | {"where": "host"}])
     assert "is for a host" in refused(6, made)
 
@@ -224,12 +248,12 @@ def test_keys_may_be_named(tmp_path: Path, seven: Path, shop: Shop) -> None:
     assert "none of the trusted keys" in sentence(try_install(seven, tmp_path / "two", "--trust", other.public), 5)
 
 
-def test_a_wrong_key(refused: Refused, copy: Path, tmp_path: Path) -> None:
+def test_a_wrong_key(refused: Refusing, copy: Path, tmp_path: Path) -> None:
     sign(copy, make_key(tmp_path / "keys", "other").private, serial=9)
     assert "signed by none of the trusted keys" in refused(5, copy)
 
 
-def test_an_unsigned_bundle(refused: Refused, copy: Path) -> None:
+def test_an_unsigned_bundle(refused: Refusing, copy: Path) -> None:
     change(copy)
     assert "is not signed" in refused(5, copy)
 
@@ -288,27 +312,27 @@ def test_every_flipped_byte(device: Path, copy: Path, seven: Path) -> None:
     check_confirmed(device)
 
 
-def test_an_added_file(shop: Shop, refused: Refused) -> None:
+def test_an_added_file(shop: Shop, refused: Refusing) -> None:
     made = shop.release(8, "added")
     (made / "engine" / "more").write_bytes(b"x")
     refused(5, made)
 
 
-def test_a_missing_file(shop: Shop, refused: Refused) -> None:
+def test_a_missing_file(shop: Shop, refused: Refusing) -> None:
     made = shop.release(8, "missing")
     (made / "tokenizer.json").unlink()
     refused(5, made)
 
 
 @pytest.mark.parametrize("to", ["/etc/hostname", "config.json", "nowhere"])
-def test_a_link_in_a_bundle(shop: Shop, refused: Refused, to: str) -> None:
+def test_a_link_in_a_bundle(shop: Shop, refused: Refusing, to: str) -> None:
     made = shop.release(8, f"linked-{Path(to).name}")
     (made / "tokenizer_config.json").unlink()
     (made / "tokenizer_config.json").symlink_to(to)
     assert "is a link" in refused(5, made)
 
 
-def test_a_folder_that_is_a_link(shop: Shop, refused: Refused) -> None:
+def test_a_folder_that_is_a_link(shop: Shop, refused: Refusing) -> None:
     made = shop.release(8, "linked-folder")
     (made / "engine").rename(made.parent / "elsewhere")
     (made / "engine").symlink_to(made.parent / "elsewhere")
@@ -349,7 +373,7 @@ def test_a_replayed_older_version(shop: Shop, device: Path, eight: Path) -> None
     assert check_confirmed(device).highest_serial == 8
 
 
-def test_no_release_after_one(refused: Refused, copy: Path) -> None:
+def test_no_release_after_one(refused: Refusing, copy: Path) -> None:
     change(copy, note="newer")
     assert "has no release number" in refused(2, copy, "--unsigned")
 
@@ -362,7 +386,7 @@ def test_the_same_release_number_again(device: Path, shop: Shop) -> None:
 # Fitness.
 
 
-def test_a_bundle_for_another_name(refused: Refused, shop: Shop) -> None:
+def test_a_bundle_for_another_name(refused: Refusing, shop: Shop) -> None:
     said = refused(2, shop.release(8, "other-name", device="orin-nx"))
     assert "was built for the device orin-nx, and this one is raspberry-pi-5" in said
 
@@ -373,7 +397,7 @@ def test_a_name_that_is_no_text(device: Path, eight: Path) -> None:
     check_confirmed(device)
 
 
-def test_a_device_keeps_its_name(refused: Refused, seven: Path) -> None:
+def test_a_device_keeps_its_name(refused: Refusing, seven: Path) -> None:
     assert "says that this device is raspberry-pi-5" in refused(2, seven, "--device", "orin-nx")
 
 
@@ -381,17 +405,17 @@ def identity(shop: Shop, **changes: Any) -> dict[str, Any]:
     return dict(read_manifest(shop.built)["identity"]) | changes
 
 
-def test_a_bundle_for_another_chip(refused: Refused, shop: Shop) -> None:
+def test_a_bundle_for_another_chip(refused: Refusing, shop: Shop) -> None:
     made = shop.release(8, "other-chip", identity=identity(shop, chip="sm_87"))
     assert "was built for sm_87, and this machine is" in refused(2, made)
 
 
-def test_a_bundle_bound_to_another_engine_version(refused: Refused, shop: Shop) -> None:
+def test_a_bundle_bound_to_another_engine_version(refused: Refusing, shop: Shop) -> None:
     bound = identity(shop, bound=["onnxruntime"], versions={"onnxruntime": "0.1"})
     assert "was built with onnxruntime 0.1, which is" in refused(2, shop.release(8, "other-version", identity=bound))
 
 
-def test_a_bundle_that_needs_more_memory(refused: Refused, shop: Shop) -> None:
+def test_a_bundle_that_needs_more_memory(refused: Refusing, shop: Shop) -> None:
     predicted = read_manifest(shop.built)["predicted"] | {"memory_bytes": 10**15}
     said = refused(2, shop.release(8, "large", predicted=predicted))
     assert "needs 1000000.00 GB of memory, and this machine has" in said
@@ -408,7 +432,7 @@ def test_an_engine_that_is_not_installed(device: Path, eight: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("entry", ["predicted", "identity", "steps", "budget", "device"])
-def test_a_damaged_manifest_that_is_signed(refused: Refused, shop: Shop, entry: str) -> None:
+def test_a_damaged_manifest_that_is_signed(refused: Refusing, shop: Shop, entry: str) -> None:
     assert "manifest.json" in refused(2, shop.release(8, f"damaged-{entry}", **{entry: 7}))
 
 
@@ -644,7 +668,7 @@ def test_a_check_hashes_every_file_and_runs_the_selftest(device: Path, eight: Pa
 # The rest of what a user can meet.
 
 
-def test_sources_that_are_none(refused: Refused, tmp_path: Path) -> None:
+def test_sources_that_are_none(refused: Refusing, tmp_path: Path) -> None:
     assert "no such bundle" in refused(2, tmp_path / "nothing")
     (tmp_path / "folder").mkdir()
     assert "is not a bundle" in refused(2, tmp_path / "folder")

@@ -12,6 +12,7 @@ from click.testing import Result
 from conftest import amoeba, sentence
 
 from amoeba_deploy.delivery.signing import sign
+from amoeba_deploy.device.source import FolderSource
 from amoeba_deploy.device.state import read_state
 
 
@@ -87,7 +88,7 @@ def test_an_engine_that_is_too_slow_is_rolled_back(device: Path, shop: Shop) -> 
     assert "install another, or this one with --retry" in sentence(try_install(slow, device), 5)
     install(slow, device, "--retry", "--no-health-latency")
     state = check_confirmed(device)
-    assert (state.confirmed, state.refused) == ("b", None)
+    assert (state.confirmed, state.refused) == ("b", [])
 
 
 @pytest.mark.parametrize("metric", ["tpot", "ttft", "e2e"])
@@ -118,12 +119,44 @@ def test_an_unhealthy_first_bundle_leaves_nothing(empty: Path, copy: Path, shop:
     [
         ("sh -c 'echo not answering >&2; exit 7'", "ended with status 7: not answering"),
         ("sh -c 'kill -11 $$'", "ended with SIGSEGV"),
-        ("no-such-command", "does not start"),
+        ("current/no-such-command", "does not start"),
     ],
 )
 def test_a_health_command_that_fails(device: Path, eight: Path, command: str, said: str) -> None:
     assert said in sentence(try_install(eight, device, "--health", command), 5)
     assert check_confirmed(device).confirmed == "a"
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("no-such-command -x", "'no-such-command' is not found"),
+        ("/no/such/command", "'/no/such/command' is not found"),
+        ("./tool", "'./tool' is not found"),
+        ("state.json", "'state.json' is not found"),
+        ("./state.json", "'./state.json' is not executable"),
+        ("trust/", "'trust/' is not found"),
+        ("", "the command is empty"),
+        ("  ", "the command is empty"),
+        ("sh -c 'exit", "cannot be read (No closing quotation)"),
+        ("curl -f localhost && true", ""),
+    ],
+)
+def test_a_health_command_that_cannot_start_is_refused_before_anything_is_done(
+    device: Path, eight: Path, command: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FolderSource, "digest", lambda _: pytest.fail("asked for the bundle"))
+    monkeypatch.setenv("PATH", "/nowhere")
+    for action in (("install", eight), ("rollback",)):
+        found = sentence(amoeba("bundle", *action, "--root", device, "--health", command, "--quiet"), 2)
+        assert f"--health: {said}" in found
+        assert "not run by a shell" in found
+
+
+def test_a_health_command_in_the_devices_folder(device: Path, eight: Path) -> None:
+    (device / "tool").write_text("#!/bin/sh\ntest -f current/manifest.json\n")
+    (device / "tool").chmod(0o755)
+    install(eight, device, "--health", "./tool")
 
 
 def test_a_health_command_sees_the_new_bundle_through_the_link(device: Path, eight: Path) -> None:

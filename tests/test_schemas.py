@@ -243,6 +243,15 @@ DAMAGE: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
     "an item's name with a slash": ("profile-kit", lambda d: d["items"][0].update(id="a/b")),
     "weights from nowhere": ("profile-results", lambda d: d.update(weights="guessed")),
     "a third slot": ("device-state", lambda d: d["slots"].update(c=None)),
+    "one refused delivery without a list": ("device-state", lambda d: d.update(refused={"digest": "x"})),
+    "more refused deliveries than are remembered": (
+        "device-state",
+        lambda d: d.update(refused=[{"digest": f"sha256:{0:064}", "reason": "x", "at": "2026-01-01T00:00:00Z"}] * 17),
+    ),
+    "a refused delivery without a reason": (
+        "device-state",
+        lambda d: d.update(refused=[{"digest": f"sha256:{0:064}", "at": "2026-01-01T00:00:00Z"}]),
+    ),
     "a slot that is confirmed and not there": ("device-state", lambda d: d.update(confirmed="c")),
     "a slot without its manifest's digest": ("device-state", lambda d: d["slots"]["a"].pop("manifest")),
     "a serial below zero": ("release", lambda d: d.update(serial=-1)),

@@ -24,7 +24,9 @@ def health_options(command: Any) -> Any:
             "--health-timeout", type=Seconds(), help="How long the engine may take to answer.  [default: 15m]"
         ),
         click.option(
-            "--health", metavar="COMMAND", help="Command that must succeed, too; $AMOEBA_BUNDLE is the bundle."
+            "--health",
+            metavar="COMMAND",
+            help="Command that must succeed, too, run without a shell ('sh -c ...' for one); $AMOEBA_BUNDLE is the bundle.",
         ),
         click.option("--no-health-latency", is_flag=True, help="Run the self-test only; measure nothing."),
         click.option(

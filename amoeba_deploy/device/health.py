@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from amoeba_deploy.errors import AmoebaError, VerificationFailed
+from amoeba_deploy.device.slots import CURRENT
+from amoeba_deploy.errors import AmoebaError, BadInput, VerificationFailed
 
 TOLERANCE = 0.25
 """How far, as a share, a median may exceed the budget that a bundle was built for."""
@@ -75,10 +77,33 @@ def check_health(root: Path, folder: Path, wanted: HealthCheck) -> Health:
             user's command fails.
     """
     health = _checked_apart(folder, wanted) if wanted.selftest else Health(None)
-    if wanted.command:
+    if wanted.command is not None:
         command = shlex.split(wanted.command)
         _run(command, f"the health command '{wanted.command}'", wanted.timeout, cwd=root, bundle=folder)
     return health
+
+
+def check_command(root: Path, command: str | None) -> None:
+    """Raise BadInput where a health command of the user's cannot be started; it is not run by a shell.
+
+    What lies below ``current`` comes with a bundle, and is looked for when that is there.
+    """
+    if command is None:
+        return
+    how = "it is not run by a shell: give a program and its arguments, or --health \"sh -c '...'\""
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise BadInput(f"--health: {command!r} cannot be read ({error}); {how}") from None
+    if not words or not words[0]:
+        raise BadInput(f"--health: the command is empty; {how}")
+    name = words[0]
+    place = Path(name) if "/" not in name else root / name
+    if place.is_relative_to(root / CURRENT):
+        return
+    if shutil.which(str(place)) is None:
+        what = "is not executable" if place.is_file() and "/" in name else "is not found"
+        raise BadInput(f"--health: {name!r} {what}, so the command cannot start; {how}")
 
 
 def _checked_apart(folder: Path, wanted: HealthCheck) -> Health:

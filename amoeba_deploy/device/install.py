@@ -20,7 +20,7 @@ from amoeba_deploy.delivery.release import read_release
 from amoeba_deploy.delivery.trust import Trust
 from amoeba_deploy.device.durable import move, sync_tree, write_file
 from amoeba_deploy.device.fitness import check_fitness
-from amoeba_deploy.device.health import Health, HealthCheck, check_health
+from amoeba_deploy.device.health import Health, HealthCheck, check_command, check_health
 from amoeba_deploy.device.lock import locked
 from amoeba_deploy.device.slots import (
     DEVICE,
@@ -153,6 +153,7 @@ def install(text: str, root: Path, options: InstallOptions, progress: Progress) 
     root = root.absolute()
     source = find_source(text, options.plain_http)
     _check_apart(text, root)
+    check_command(root, options.health.command)
     with locked(root, options.wait), within(root):
         state, done = recovered(root, to_replace=True)
         for each in done:
@@ -190,11 +191,12 @@ def check_device(root: Path, asked: str | None) -> str | None:
 
 
 def refuse_again(name: str, state: State, digest: str, retry: bool) -> None:
-    """Raise VerificationFailed where a delivery is the one that failed here last, unless it is to be tried again."""
-    if state.refused and state.refused.digest == digest and not retry:
+    """Raise VerificationFailed where a delivery is one that failed here, unless it is to be tried again."""
+    refused = state.refusal(digest)
+    if refused is not None and not retry:
         raise VerificationFailed(
-            f"{name}: is not installed again, since {state.refused.at}: {state.refused.reason}; install another, or "
-            f"this one with --retry"
+            f"{name}: is not installed again, since {refused.at}: {refused.reason}; install another, or this one with "
+            f"--retry"
         )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from amoeba_deploy.backends import load_backend
-from amoeba_deploy.device.health import Health, HealthCheck, check_health
+from amoeba_deploy.device.health import Health, HealthCheck, check_command, check_health
 from amoeba_deploy.device.install import now, title, within
 from amoeba_deploy.device.lock import locked
 from amoeba_deploy.device.slots import verify_slot
@@ -53,6 +53,7 @@ def rollback(root: Path, check: HealthCheck, progress: Progress, wait: bool = Fa
         ToolchainMissing: only its engine's own tools run it, and no command tries it.
     """
     root = root.absolute()
+    check_command(root, check.command)
     with locked(root, wait), within(root):
         state, done_before = recovered(root)
         for each in done_before:

@@ -14,6 +14,8 @@ from amoeba_deploy.files import json_text, read_json
 
 STATE = "state.json"
 STATE_FORMAT = "amoeba.device-state/1"
+REMEMBERED = 16
+"""How many refused deliveries are remembered."""
 SlotName = Literal["a", "b"]
 SLOTS: tuple[SlotName, SlotName] = ("a", "b")
 Hex = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -68,7 +70,8 @@ class State(_Part):
     pending: SlotName | None = None
     highest_serial: Serial | None = None
     """The highest that was ever confirmed; it never falls."""
-    refused: Refused | None = None
+    refused: list[Refused] = []
+    """Deliveries that are not installed again by themselves, the latest first."""
     slots: dict[SlotName, Slot | None] = {"a": None, "b": None}
 
     @model_validator(mode="after")
@@ -101,6 +104,15 @@ class State(_Part):
     def changed(self, **entries: Any) -> State:
         """The same but for some entries."""
         return State(**{**dict(self), **entries})
+
+    def refusing(self, *more: Refused, but: str | None = None) -> State:
+        """The same with more deliveries refused, and one (a digest) not any longer; the latest are remembered."""
+        gone = {but, *(each.digest for each in more)}
+        return self.changed(refused=[*more, *(each for each in self.refused if each.digest not in gone)][:REMEMBERED])
+
+    def refusal(self, digest: str) -> Refused | None:
+        """Why a delivery is not installed again by itself; None where it is."""
+        return next((each for each in self.refused if each.digest == digest), None)
 
     def holding(self, name: SlotName, slot: Slot | None) -> State:
         """The same with another bundle, or none, in a slot."""

@@ -81,8 +81,7 @@ class Status:
                 f"a switch to slot {state.pending} is not confirmed: an install is at work, or was cut off and 'amoeba "
                 f"bundle status --root {self.root} --recover' undoes it"
             )
-        if state.refused:
-            lines.append(f"not installed again by itself: {state.refused.digest} ({state.refused.reason})")
+        lines += [f"not installed again by itself: {each.digest} ({each.reason})" for each in state.refused]
         return "\n".join(lines)
 
     def _tokens(self) -> str:

@@ -73,11 +73,12 @@ def switch(
         health = check(root / CURRENT)
         serials = [serial for serial in (state.highest_serial, slot.serial) if serial is not None]
         confirmed = pending.holding(name, slot.model_copy(update={"confirmed": True})).changed(
-            confirmed=name, pending=None, highest_serial=max(serials, default=None), refused=leaves
+            confirmed=name, pending=None, highest_serial=max(serials, default=None)
         )
+        confirmed = confirmed.refusing(*([leaves] if leaves else []), but=slot.digest)
         write_state(root, confirmed)
     except AmoebaError as error:
-        undo(root, pending.changed(refused=when_failed(str(error))))
+        undo(root, pending.refusing(when_failed(str(error))))
         now = "what ran before runs again" if state.confirmed else "nothing runs, as before"
         raise VerificationFailed(f"{slot.source}: is not healthy here: {error}; {now}") from None
     except BaseException:
