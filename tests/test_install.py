@@ -248,6 +248,21 @@ def test_keys_may_be_named(tmp_path: Path, seven: Path, shop: Shop) -> None:
     assert "none of the trusted keys" in sentence(try_install(seven, tmp_path / "two", "--trust", other.public), 5)
 
 
+def test_a_trusted_key_that_is_not_there_is_refused_although_nothing_is_to_be_done(
+    refused: Refusing, seven: Path, tmp_path: Path
+) -> None:
+    missing = tmp_path / "nokey.pub"
+    assert f"{missing}: cannot be read" in refused(2, seven, "--trust", missing)
+    (tmp_path / "trust").mkdir()
+    assert "holds no public key" in refused(2, seven, "--trust", tmp_path / "trust")
+
+
+@pytest.mark.parametrize("scheme", ["http://", "https://", "oci://"])
+def test_a_reference_with_a_scheme(refused: Refusing, scheme: str) -> None:
+    said = refused(2, f"{scheme}localhost:5000/team/model:1")
+    assert f"leave out {scheme}, and write 'localhost:5000/team/model:1'" in said
+
+
 def test_a_wrong_key(refused: Refusing, copy: Path, tmp_path: Path) -> None:
     sign(copy, make_key(tmp_path / "keys", "other").private, serial=9)
     assert "signed by none of the trusted keys" in refused(5, copy)
@@ -672,7 +687,11 @@ def test_sources_that_are_none(refused: Refusing, tmp_path: Path) -> None:
     assert "no such bundle" in refused(2, tmp_path / "nothing")
     (tmp_path / "folder").mkdir()
     assert "is not a bundle" in refused(2, tmp_path / "folder")
-    assert "names no registry" in refused(2, "stories")
+    for name in ("nowhere", "nowhere/at-all:1"):
+        said = refused(2, name)
+        assert f"{name}: there is no such folder or archive, and a registry's reference begins with its host" in said
+        assert "registry.example:5000/team/model:1" in said
+    assert "cannot be a tag" in refused(2, "localhost:5000/team/model:-")
     (tmp_path / "file.tar.zst").write_text("x")
     refused(2, tmp_path / "file.tar.zst")
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 
 from amoeba_deploy.commands.common import emit
+from amoeba_deploy.errors import AmoebaError
 from amoeba_deploy.options import Seconds, output_options
 from amoeba_deploy.progress import Progress
 
@@ -26,7 +29,7 @@ def health_options(command: Any) -> Any:
         click.option(
             "--health",
             metavar="COMMAND",
-            help="Command that must succeed, too, run without a shell ('sh -c ...' for one); $AMOEBA_BUNDLE is the bundle.",
+            help="Command that must succeed, too; $AMOEBA_BUNDLE is the bundle. No shell runs it: use sh -c '...' for one.",
         ),
         click.option("--no-health-latency", is_flag=True, help="Run the self-test only; measure nothing."),
         click.option(
@@ -98,8 +101,18 @@ def bundle_install(
         wait=wait,
         health=_check(tolerance, no_health_latency, health, health_timeout),
     )
-    done = install(source, root, options, Progress(quiet))
+    with _interruptible():
+        done = install(source, root, options, Progress(quiet))
     emit(done.to_json(), as_json, lambda: click.echo(done.text()))
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Say what is true of a device whose command is asked to end."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise AmoebaError("interrupted; what ran before runs on") from None
 
 
 def _check(tolerance: float, no_latency: bool, command: str | None, timeout: float | None) -> Any:
@@ -130,7 +143,8 @@ def bundle_rollback(
     """
     from amoeba_deploy.device.rollback import rollback
 
-    done = rollback(root, _check(tolerance, no_health_latency, health, health_timeout), Progress(quiet), wait)
+    with _interruptible():
+        done = rollback(root, _check(tolerance, no_health_latency, health, health_timeout), Progress(quiet), wait)
     emit(done.to_json(), as_json, lambda: click.echo(done.text()))
 
 
@@ -148,7 +162,8 @@ def bundle_status(root: Path, recover: bool, check: bool, wait: bool, as_json: b
     """
     from amoeba_deploy.device import status
 
-    done = status.recover(root, Progress(quiet), wait, check) if recover else status.status(root, check)
+    with _interruptible():
+        done = status.recover(root, Progress(quiet), wait, check) if recover else status.status(root, check)
     emit(done.to_json(), as_json, lambda: click.echo(done.text()))
 
 

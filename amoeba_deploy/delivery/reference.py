@@ -15,6 +15,14 @@ _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 DEFAULT_TAG = "latest"
 MAX_NAME = 255
+SCHEMES = ("https://", "http://", "oci://", "docker://")
+"""What addresses begin with, and references do not."""
+
+
+def names_host(text: str) -> bool:
+    """Whether a reference begins with what can be a registry's host, and not with a repository's name."""
+    host, slash, _ = text.partition("/")
+    return bool(slash) and ("." in host or ":" in host or host == "localhost")
 
 
 def is_digest(value: object) -> bool:
@@ -34,11 +42,13 @@ class Reference:
     @classmethod
     def parse(cls, text: str) -> Reference:
         """Read a reference; raises BadInput where it is none. A host is needed: no registry is the default."""
-        host, slash, rest = text.partition("/")
+        scheme = next((each for each in SCHEMES if text.startswith(each)), None)
+        if scheme is not None:
+            raise BadInput(f"{text!r}: leave out {scheme}, and write {text.removeprefix(scheme)!r}")
+        host, _, rest = text.partition("/")
         rest, at, digest = rest.partition("@")
         name, colon, tag = rest.partition(":")
-        looks_like_host = "." in host or ":" in host or host == "localhost"
-        if not slash or not looks_like_host or not _HOST.fullmatch(host):
+        if not names_host(text) or not _HOST.fullmatch(host):
             raise BadInput(
                 f"{text!r} names no registry; write its host, a name and a tag, such as "
                 f"registry.example:5000/team/model:1"

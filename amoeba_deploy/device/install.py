@@ -154,6 +154,7 @@ def install(text: str, root: Path, options: InstallOptions, progress: Progress) 
     source = find_source(text, options.plain_http)
     _check_apart(text, root)
     check_command(root, options.health.command)
+    named = trusted(root, options) if options.trust else None
     with locked(root, options.wait), within(root):
         state, done = recovered(root, to_replace=True)
         for each in done:
@@ -164,7 +165,7 @@ def install(text: str, root: Path, options: InstallOptions, progress: Progress) 
         if running and state.confirmed and running.digest == digest and damage(root, state.confirmed, running) is None:
             return Installed(root, state.confirmed, running, True, recovered=tuple(done))
         refuse_again(source.name, state, digest, options.retry)
-        installed = _install(root, state, source, digest, name, options, progress)
+        installed = _install(root, state, source, digest, name, named, options, progress)
         if options.device and name is None:
             write_file(root / DEVICE, f"{options.device}\n".encode())
         return Installed(**{**vars(installed), "recovered": tuple(done)})
@@ -206,12 +207,16 @@ def _install(
     source: Source,
     digest: str,
     known_device: str | None,
+    named: Trust | None,
     options: InstallOptions,
     progress: Progress,
 ) -> Installed:
-    """Bring a bundle that is not what runs into the other slot, and switch to it."""
+    """Bring a bundle that is not what runs into the other slot, and switch to it.
+
+    ``named`` are the keys of the options, where there are any; else those in ``ROOT/trust`` count.
+    """
     other = state.other
-    trust = trusted(root, options)
+    trust = named or trusted(root, options)
     if options.drop_previous and state.slots[other] is not None:
         state = _emptied(root, state, other)
     reuse = [slot_folder(root, name) for name, slot in state.slots.items() if slot is not None]

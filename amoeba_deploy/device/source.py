@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from amoeba_deploy.bundle import MANIFEST, RELEASE, read_manifest
+from amoeba_deploy.delivery.reference import SCHEMES, Reference, names_host
 from amoeba_deploy.errors import BadInput, VerificationFailed
 from amoeba_deploy.files import sha256_of
 from amoeba_deploy.progress import Progress
@@ -61,6 +62,12 @@ def find_source(text: str, plain_http: bool = False) -> Source:
         return ArchiveSource(text, path)
     if text.startswith(("/", "./", "../", "~")) or text.endswith((".tar.zst", ".tar")):
         raise BadInput(f"{text}: no such bundle; give a folder, a .tar.zst or a registry's reference")
+    if not text.startswith(SCHEMES) and not names_host(text):
+        raise BadInput(
+            f"{text}: there is no such folder or archive, and a registry's reference begins with its host, such as "
+            f"registry.example:5000/team/model:1"
+        )
+    Reference.parse(text)
     return RegistrySource(text, plain_http)
 
 
@@ -132,7 +139,6 @@ class RegistrySource:
     @cached_property
     def _digest(self) -> str:
         from amoeba_deploy.delivery.connection import Connection
-        from amoeba_deploy.delivery.reference import Reference
         from amoeba_deploy.delivery.registry import resolve
 
         return resolve(Connection(Reference.parse(self.name), plain_http=self.plain_http))[0]
@@ -143,7 +149,6 @@ class RegistrySource:
 
     def fetch(self, target: Target) -> None:
         """Pull it by the digest that was told, whatever its tag stands for by now."""
-        from amoeba_deploy.delivery.reference import Reference
         from amoeba_deploy.delivery.registry import pull
 
         reference = replace(Reference.parse(self.name), digest=self.digest())
