@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import Result
 from conftest import amoeba
 from signers import KeyPair, make_key
 
@@ -119,6 +120,11 @@ def install(source: object, root: Path, *options: object) -> dict[str, Any]:
     assert done.exit_code == 0, done.output
     found: dict[str, Any] = json.loads(done.stdout)
     return found
+
+
+def try_install(source: object, root: Path, *options: object) -> Result:
+    """Try to install a bundle; what came of it."""
+    return amoeba("bundle", "install", source, "--root", root, "--quiet", *options)
 
 
 def check_running(root: Path, engine: bool = True) -> State | None:

@@ -11,8 +11,17 @@ from typing import Any
 
 import jsonschema
 import pytest
-from bundles import Shop, change, check_confirmed, check_running, checked_here, install, own_copy, spoil_weights, step
-from click.testing import Result
+from bundles import (
+    Shop,
+    change,
+    check_confirmed,
+    check_running,
+    checked_here,
+    install,
+    spoil_weights,
+    step,
+    try_install,
+)
 from conftest import amoeba, sentence
 from signers import at_day, make_authority, make_certificate, make_key
 
@@ -21,6 +30,8 @@ from amoeba_deploy.delivery.archive import pack
 from amoeba_deploy.delivery.signing import Certificate, sign
 from amoeba_deploy.device.slots import current_slot
 from amoeba_deploy.device.state import Refused, read_state
+
+pytest_plugins = ["device_fixtures"]
 
 FLIPS = 120
 """Single bytes of a bundle that are changed, one after the other."""
@@ -31,50 +42,6 @@ def quick() -> Iterator[None]:
     """Engines are tried in this process; test_install_health.py is of the process that does it."""
     with checked_here():
         yield
-
-
-@pytest.fixture(scope="module")
-def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
-    return Shop.make(tmp_path_factory.mktemp("shop"))
-
-
-@pytest.fixture(scope="module")
-def seven(shop: Shop) -> Path:
-    return shop.release(7)
-
-
-@pytest.fixture(scope="module")
-def eight(shop: Shop) -> Path:
-    return shop.release(8)
-
-
-@pytest.fixture(scope="module")
-def with_seven(shop: Shop, seven: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = shop.device(tmp_path_factory.mktemp("device") / "root")
-    install(seven, root, "--device", "raspberry-pi-5")
-    return root
-
-
-@pytest.fixture
-def empty(shop: Shop, tmp_path: Path) -> Path:
-    """A device on which nothing was installed."""
-    return shop.device(tmp_path / "root")
-
-
-@pytest.fixture
-def device(with_seven: Path, tmp_path: Path) -> Path:
-    """A device that runs release 7."""
-    return own_copy(with_seven, tmp_path / "root")
-
-
-@pytest.fixture
-def copy(seven: Path, tmp_path: Path) -> Path:
-    """A bundle to spoil."""
-    return Path(shutil.copytree(seven, tmp_path / "bundle"))
-
-
-def try_install(source: object, root: Path, *options: object) -> Result:
-    return amoeba("bundle", "install", source, "--root", root, "--quiet", *options)
 
 
 def files(root: Path) -> dict[str, bytes]:

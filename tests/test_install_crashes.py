@@ -18,21 +18,9 @@ from bundles import Shop, check_confirmed, check_running, copy_device, install, 
 from amoeba_deploy.device.status import recover
 from amoeba_deploy.progress import Progress
 
+pytest_plugins = ["device_fixtures"]
+
 SCRIPT = Path(__file__).parent / "crashing.py"
-
-
-@pytest.fixture(scope="module")
-def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
-    return Shop.make(tmp_path_factory.mktemp("shop"))
-
-
-@pytest.fixture(scope="module")
-def with_two(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A device that runs release 8 in slot b and keeps 7 in slot a."""
-    root = shop.device(tmp_path_factory.mktemp("device") / "root")
-    install(shop.release(7), root)
-    install(shop.release(8), root)
-    return root
 
 
 def crash_everywhere(template: Path, place: Path, *arguments: object, fault: str = "end") -> int:

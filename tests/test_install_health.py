@@ -2,62 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from pathlib import Path
 
 import pytest
-from bundles import Shop, check_confirmed, check_running, install, own_copy, spoil_weights, started
-from click.testing import Result
+from bundles import Shop, check_confirmed, check_running, install, spoil_weights, started, try_install
 from conftest import amoeba, sentence
 
 from amoeba_deploy.delivery.signing import sign
 from amoeba_deploy.device.source import FolderSource
 from amoeba_deploy.device.state import read_state
 
-
-@pytest.fixture(scope="module")
-def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
-    return Shop.make(tmp_path_factory.mktemp("shop"))
-
-
-@pytest.fixture(scope="module")
-def seven(shop: Shop) -> Path:
-    return shop.release(7)
-
-
-@pytest.fixture(scope="module")
-def eight(shop: Shop) -> Path:
-    return shop.release(8)
-
-
-@pytest.fixture(scope="module")
-def with_seven(shop: Shop, seven: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = shop.device(tmp_path_factory.mktemp("device") / "root")
-    install(seven, root, "--device", "raspberry-pi-5")
-    return root
-
-
-@pytest.fixture
-def empty(shop: Shop, tmp_path: Path) -> Path:
-    """A device on which nothing was installed."""
-    return shop.device(tmp_path / "root")
-
-
-@pytest.fixture
-def device(with_seven: Path, tmp_path: Path) -> Path:
-    """A device that runs release 7."""
-    return own_copy(with_seven, tmp_path / "root")
-
-
-@pytest.fixture
-def copy(seven: Path, tmp_path: Path) -> Path:
-    """A bundle to spoil."""
-    return Path(shutil.copytree(seven, tmp_path / "bundle"))
-
-
-def try_install(source: object, root: Path, *options: object) -> Result:
-    return amoeba("bundle", "install", source, "--root", root, "--quiet", *options)
+pytest_plugins = ["device_fixtures"]
 
 
 def test_an_engine_that_only_its_own_tools_run(device: Path, eight: Path, monkeypatch: pytest.MonkeyPatch) -> None:

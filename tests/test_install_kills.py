@@ -23,22 +23,11 @@ from amoeba_deploy.device.state import read_state
 from amoeba_deploy.device.status import recover
 from amoeba_deploy.progress import Progress
 
+pytest_plugins = ["device_fixtures"]
+
 KILLS, MANY = 50, 500
 LARGE = 16 << 20
 """Bytes of random weights beside the engine, so that copying, hashing and syncing take their time, too."""
-
-
-@pytest.fixture(scope="module")
-def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
-    return Shop.make(tmp_path_factory.mktemp("shop"))
-
-
-@pytest.fixture(scope="module")
-def with_seven(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = shop.device(tmp_path_factory.mktemp("device") / "root")
-    install(shop.release(7), root)
-    install(shop.release(8), root)
-    return root
 
 
 @pytest.fixture(scope="module")
@@ -82,12 +71,12 @@ def phase(root: Path) -> str:
     return "in staging" if (root / "staging" / "bundle").exists() else "before"
 
 
-def kill_at_moments(count: int, nine: Path, with_seven: Path, place: Path) -> Counter[str]:
+def kill_at_moments(count: int, nine: Path, with_two: Path, place: Path) -> Counter[str]:
     """Kill that many installs, each on a device of its own; how many had come how far."""
-    seconds = min(seconds_of(nine, copy_device(with_seven, place / f"whole-{number}")) for number in range(3))
+    seconds = min(seconds_of(nine, copy_device(with_two, place / f"whole-{number}")) for number in range(3))
     drawn, phases = random.Random(11), Counter[str]()
     for number in range(count):
-        root = copy_device(with_seven, place / f"{number}")
+        root = copy_device(with_two, place / f"{number}")
         process, begin = begun(nine, root)
         moment = seconds * (number + drawn.random()) / count
         time.sleep(max(0.0, begin + moment - time.monotonic()))
@@ -109,20 +98,20 @@ def kill_at_moments(count: int, nine: Path, with_seven: Path, place: Path) -> Co
     return phases
 
 
-def test_kills_at_moments_all_over_an_install(nine: Path, with_seven: Path, tmp_path: Path) -> None:
-    phases = kill_at_moments(KILLS, nine, with_seven, tmp_path)
+def test_kills_at_moments_all_over_an_install(nine: Path, with_two: Path, tmp_path: Path) -> None:
+    phases = kill_at_moments(KILLS, nine, with_two, tmp_path)
     print(phases)
     assert {"in the slot", "switching"} <= set(phases)
     # Files of the devices are shared by links: none was written into.
-    check_confirmed(with_seven)
+    check_confirmed(with_two)
 
 
 @pytest.mark.slow
-def test_many_kills(nine: Path, with_seven: Path, tmp_path: Path) -> None:
-    phases = kill_at_moments(MANY, nine, with_seven, tmp_path)
+def test_many_kills(nine: Path, with_two: Path, tmp_path: Path) -> None:
+    phases = kill_at_moments(MANY, nine, with_two, tmp_path)
     print(phases)
     assert {"in staging", "in the slot", "switching"} <= set(phases)
-    check_confirmed(with_seven)
+    check_confirmed(with_two)
 
 
 def test_kills_of_the_first_install(nine: Path, shop: Shop, tmp_path: Path) -> None:
@@ -139,9 +128,9 @@ def test_kills_of_the_first_install(nine: Path, shop: Shop, tmp_path: Path) -> N
         check_confirmed(root)
 
 
-def test_a_killed_rollback(with_seven: Path, tmp_path: Path) -> None:
+def test_a_killed_rollback(with_two: Path, tmp_path: Path) -> None:
     for number, command in enumerate(("sleep 30", "sh -c 'kill -9 $PPID; sleep 30'")):
-        root = copy_device(with_seven, tmp_path / f"{number}")
+        root = copy_device(with_two, tmp_path / f"{number}")
         process = started("bundle", "rollback", "--root", root, "--health", command)
         while read_state(root).pending is None and process.poll() is None:
             time.sleep(0.01)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from bundles import Shop, build, check_confirmed, copy_device, install, own_copy, started, step
+from bundles import Shop, build, check_confirmed, copy_device, own_copy, started, step
 from conftest import amoeba, sentence
 
 from amoeba_deploy.device.state import read_state
@@ -25,26 +25,9 @@ MIB = 2**20
 
 
 @pytest.fixture(scope="module")
-def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
-    return Shop.make(tmp_path_factory.mktemp("shop"))
-
-
-@pytest.fixture(scope="module")
-def seven(shop: Shop) -> Path:
-    return shop.release(7)
-
-
-@pytest.fixture(scope="module")
 def eight(shop: Shop) -> Path:
     """A release with a step that writes another mebibyte."""
     return shop.release(8, steps=[step("head -c 1048576 /dev/zero > engine/more")])
-
-
-@pytest.fixture(scope="module")
-def with_seven(shop: Shop, seven: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = shop.device(tmp_path_factory.mktemp("device") / "root")
-    install(seven, root)
-    return root
 
 
 # Two at once.
@@ -99,6 +82,8 @@ CHECK = """
 import sys
 from pathlib import Path
 from bundles import check_confirmed, check_running
+
+pytest_plugins = ["device_fixtures"]
 state = (check_confirmed if sys.argv[2:] else check_running)(Path(sys.argv[1]))
 print(state.model_dump_json())
 """

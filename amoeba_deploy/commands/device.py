@@ -29,7 +29,7 @@ def health_options(command: Any) -> Any:
         click.option(
             "--health",
             metavar="COMMAND",
-            help="Command that must succeed, too; $AMOEBA_BUNDLE is the bundle. No shell runs it: use sh -c '...' for one.",
+            help="Command that must succeed, too; $AMOEBA_BUNDLE is the bundle. For a shell, write sh -c '...'.",
         ),
         click.option("--no-health-latency", is_flag=True, help="Run the self-test only; measure nothing."),
         click.option(
