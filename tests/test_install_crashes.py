@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from bundles import Shop, check_confirmed, check_running, copy_device, install, started, step
+from bundles import Shop, check_confirmed, check_running, copy_device, install, own_copy, started, step
 
 from amoeba_deploy.device.status import recover
 from amoeba_deploy.progress import Progress
@@ -102,6 +102,24 @@ def test_a_crash_before_every_change_of_a_recovery(shop: Shop, with_two: Path, t
         assert check_running(root, engine=False) is not None
         recover(root, Progress(quiet=True))
         assert check_confirmed(root, engine=False).confirmed == "b"
+
+
+@pytest.mark.parametrize("target", ["slots/b", "slots/a", None])
+def test_a_crash_before_every_change_when_the_other_slot_takes_over(
+    with_two: Path, tmp_path: Path, target: str | None
+) -> None:
+    template = own_copy(with_two, tmp_path / "template")
+    (template / "slots" / "b" / "tokenizer.json").unlink()
+    (template / "current").unlink()
+    if target:
+        (template / "current").symlink_to(target)
+    count = crash_everywhere(template, tmp_path / "devices", "status", "--recover")
+    assert count > 8
+    for number in range(count):
+        root = tmp_path / "devices" / str(number)
+        recover(root, Progress(quiet=True))
+        state = check_confirmed(root, engine=False)
+        assert (state.confirmed, state.slots["b"], state.highest_serial) == ("a", None, 8)
 
 
 def test_a_crash_before_every_change_when_a_state_is_rebuilt(with_two: Path, tmp_path: Path) -> None:
