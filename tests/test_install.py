@@ -28,8 +28,10 @@ from signers import at_day, make_authority, make_certificate, make_key
 from amoeba_deploy.bundle import read_manifest
 from amoeba_deploy.delivery.archive import pack
 from amoeba_deploy.delivery.signing import Certificate, sign
+from amoeba_deploy.device import health
 from amoeba_deploy.device.slots import current_slot
 from amoeba_deploy.device.state import Refused, read_state
+from amoeba_deploy.errors import VerificationFailed
 
 pytest_plugins = ["device_fixtures"]
 
@@ -645,6 +647,24 @@ def test_a_check_hashes_every_file_and_runs_the_selftest(device: Path, eight: Pa
     assert "differs" in sentence(amoeba("bundle", "status", "--root", device, "--check", "--quiet"), 5)
     assert shown(device, "--recover", "--check")["recovered"][0].endswith("runs again")
     assert check_confirmed(device).confirmed == "a"
+
+
+def unable(*_: object) -> health.Health:
+    """What the process of a health check says where an engine's package was removed."""
+    raise VerificationFailed("its onnx engine cannot run here: onnxruntime is not installed")
+
+
+def test_what_is_whole_and_not_healthy_is_said_and_kept(
+    device: Path, eight: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(eight, device)
+    with monkeypatch.context() as patched:
+        patched.setattr(health, "_checked_apart", unable)
+        for options in (("--check",), ("--check", "--recover")):
+            said = sentence(amoeba("bundle", "status", "--root", device, "--quiet", *options), 5)
+            assert "is whole and not healthy: its onnx engine cannot run here" in said
+    state = check_confirmed(device)
+    assert (state.confirmed, state.previous) == ("b", "a")
 
 
 # The rest of what a user can meet.

@@ -70,7 +70,7 @@ def load_private_key(file: Path, password: str | None) -> EllipticCurvePrivateKe
     except Exception as error:  # whatever the cryptography library says of a wrong file
         raise BadInput(_refusal(file, data, password, error)) from None
     if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise BadInput(f"{file}: is an {_kind(key)} key; signing takes an elliptic-curve key ({_curves()}): {HOW}")
+        raise BadInput(f"{file}: is {_kind(key)} key; signing takes an elliptic-curve key ({_curves()}): {HOW}")
     if key.curve.name not in CURVES:
         raise BadInput(f"{file}: is a key of the curve {key.curve.name}; signing takes one of {_curves()}: {HOW}")
     return key
@@ -95,5 +95,6 @@ def _curves() -> str:
 
 
 def _kind(key: object) -> str:
-    """RSA, Ed25519, ..."""
-    return type(key).__name__.removesuffix("PrivateKey").lstrip("_")
+    """An RSA, a DSA, an Ed25519, ..."""
+    name = type(key).__name__.removesuffix("PrivateKey").lstrip("_")
+    return f"{'a' if name.startswith('D') else 'an'} {name}"

@@ -139,10 +139,16 @@ def _checked(root: Path, state: State) -> Health | None:
     how = f"run 'amoeba bundle status --root {root} --recover --check', or install a bundle"
     try:
         verify_slot(root, name, slot)
+    except VerificationFailed as error:
+        raise VerificationFailed(f"{error}, so what runs is damaged; {how}") from None
+    try:
         opens = load_backend(slot.flow).opens
         return check_health(root, slot_folder(root, name), HealthCheck(None, selftest=opens))
     except VerificationFailed as error:
-        raise VerificationFailed(f"{error}, so what runs is damaged; {how}") from None
+        raise VerificationFailed(
+            f"{slot_folder(root, name)}: is whole and not healthy: {error}; mend that, install another bundle, or go "
+            f"back with 'amoeba bundle rollback --root {root}'"
+        ) from None
 
 
 def recover(root: Path, progress: Progress, wait: bool = False, check: bool = False) -> Status:
@@ -170,16 +176,19 @@ def recover(root: Path, progress: Progress, wait: bool = False, check: bool = Fa
 
 
 def _replaced(root: Path, state: State, check: bool) -> list[str]:
-    """Let the other slot run where what runs is damaged; what was done for that."""
+    """Let the other slot run where what runs is damaged; what was done for that.
+
+    One that is whole and fails its self-test stays: what it needs on this machine may be what is wrong.
+    """
     name, slot = state.confirmed, state.running
     if name is None or slot is None:
         return []
     said = damage(root, name, slot)
     if said is None and check:
         try:
-            _checked(root, state)
+            verify_slot(root, name, slot)
         except VerificationFailed as error:
-            said = str(error).partition(", so what runs is damaged")[0]
+            said = str(error)
     return [fall_back(root, state, said)[1]] if said else []
 
 
