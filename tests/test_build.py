@@ -470,7 +470,7 @@ def test_a_build_signs_with_a_key_from_a_file_or_the_environment(project: Projec
     text = TWO.replace(SMALL, SMALL + 'private-key = "own.key"\n', 1)
     project.write(text.replace("[targets.second]\n", '[targets.second]\nprivate-key = "env:OWN_KEY"\n'))
     result = project.run("--sign", "--serial", 5)
-    assert result.exit_code == 2 and "OWN_KEY, which is not set" in sentence(result.stderr)
+    assert result.exit_code == 2 and "the environment variable OWN_KEY is not set" in sentence(result.stderr)
     assert not (project.folder / "dist").exists()
     assert project.build("--target", "first", "--sign", "--serial", 5)["targets"][0]["signed"] == 5
     found = project.build("--sign", OWN_KEY=pair.private.read_text())["targets"]
@@ -523,8 +523,10 @@ def test_what_cannot_be_signed_or_pushed_is_said_before_anything_is_built(projec
     assert "nothing would be pushed, no target names a registry" in sentence(project.run("--push").stderr)
     with_key = TWO.replace(SMALL, SMALL + 'private-key = "missing.key"\nregistry = "nope"\n', 1)
     project.write(with_key)
-    assert "missing.key: is no file, and private-key of [targets.first] names it" in project.run("--sign").stderr
+    assert "private-key of [targets.first]: " in project.run("--sign").stderr
     assert "registry of [targets.first]: 'nope' names no registry" in project.run("--push").stderr
+    make_key(project.folder, "missing", password=b"open sesame")
+    assert "AMOEBA_KEY_PASSWORD" in sentence(project.run("--sign").stderr)
     make_key(project.folder, "missing")
     assert not (project.folder / "dist").exists()
     said = project.run("--sign")

@@ -5,43 +5,17 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from amoeba_deploy.bundle import SIGNATURE
+from amoeba_deploy.delivery.keys import PASSWORD, key_file, load_private_key
+from amoeba_deploy.delivery.trust import require_signing
 from amoeba_deploy.errors import AmoebaError, BadInput
 from amoeba_deploy.progress import Progress
 from amoeba_deploy.project.config import Loaded
 from amoeba_deploy.project.result import Result
-
-ENVIRONMENT = "env:"
-PASSWORD = "AMOEBA_KEY_PASSWORD"
-
-
-@contextmanager
-def private_key(loaded: Loaded, reference: str) -> Iterator[Path]:
-    """The file of a key: a path, or ``env:NAME`` of a variable that holds a path or the PEM itself.
-
-    Raises:
-        BadInput: the variable is not set.
-    """
-    if not reference.startswith(ENVIRONMENT):
-        yield loaded.path(reference)
-        return
-    name = reference.removeprefix(ENVIRONMENT)
-    value = os.environ.get(name, "").strip()
-    if not value:
-        raise BadInput(f"{loaded.file}: the key is to be in the environment variable {name}, which is not set")
-    if not value.startswith("-----BEGIN"):
-        yield Path(value)
-        return
-    with tempfile.TemporaryDirectory(prefix="amoeba-key-") as folder:
-        file = Path(folder, "key.pem")
-        file.touch(0o600)
-        file.write_text(value + "\n", encoding="utf-8")
-        yield file
 
 
 def signed(loaded: Loaded, result: Result, serial: int | None) -> Result:
@@ -56,7 +30,7 @@ def signed(loaded: Loaded, result: Result, serial: int | None) -> Result:
         own = Certificate(loaded.path(target.certificate), tuple(loaded.path(file) for file in target.chain))
     password = os.environ.get(PASSWORD) or None
     try:
-        with private_key(loaded, target.private_key) as file:
+        with key_file(target.private_key, loaded.folder) as file:
             if own is None and _is_signed_by(result.output, file, password, serial):
                 return result
             release = sign(result.output, file, certificate=own, serial=serial, password=password)
@@ -75,13 +49,13 @@ def _is_signed_by(bundle: Path, key: Path, password: str | None, serial: int | N
 
     pem, form = serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
     try:
-        secret = serialization.load_pem_private_key(key.read_bytes(), password.encode() if password else None)
+        secret = load_private_key(key, password)
         with tempfile.NamedTemporaryFile(prefix="amoeba-key-", suffix=".pub") as public:
             public.write(secret.public_key().public_bytes(pem, form))
             public.flush()
             verify_signature(bundle, Trust((Path(public.name),)))
         release = read_release(bundle)
-    except (AmoebaError, OSError, ValueError, TypeError):
+    except (AmoebaError, OSError):
         return False  # signing says what is wrong with a key
     return release is not None and serial in (None, release.serial)
 
@@ -104,9 +78,12 @@ def check_shipping(loaded: Loaded, names: Sequence[str], sign: bool, push: bool,
     for name in names:
         target = loaded.targets[name]
         if sign and target.private_key is not None:
-            with private_key(loaded, target.private_key) as file:
-                if not file.is_file():
-                    raise BadInput(f"{file}: is no file, and private-key of [targets.{name}] names it")
+            require_signing()
+            try:
+                with key_file(target.private_key, loaded.folder) as file:
+                    load_private_key(file, os.environ.get(PASSWORD) or None)
+            except BadInput as error:
+                raise BadInput(f"{loaded.file}: private-key of [targets.{name}]: {error}") from None
         if push and target.registry is not None:
             from amoeba_deploy.delivery.reference import Reference
 
