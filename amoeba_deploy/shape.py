@@ -7,10 +7,10 @@ policy by which that width is spread over the blocks. It does not say *which* un
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
+from typing import Any, Literal
 
 from amoeba_deploy.errors import BadInput
 
@@ -62,6 +62,12 @@ def format_width(ratio: Fraction) -> str:
     while (ratio * 10**digits).denominator != 1:
         digits += 1
     return f"{float(ratio):.{digits}f}" if digits else str(int(ratio))
+
+
+def shape_text(shape: Mapping[str, Any]) -> str:
+    """A shape that JSON holds, as users write it."""
+    policy = "" if shape.get("policy", "uniform") == "uniform" else f":{shape['policy']}"
+    return f"{shape['depth']}x{format_width(parse_width(str(shape['width'])))}{policy}"
 
 
 def width_to_json(ratio: Fraction) -> float | str:

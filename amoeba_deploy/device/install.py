@@ -38,6 +38,7 @@ from amoeba_deploy.device.switch import clear_staging, make_folders, recovered, 
 from amoeba_deploy.errors import AmoebaError, BadInput, VerificationFailed
 from amoeba_deploy.files import sha256_of, system_refusal
 from amoeba_deploy.progress import Progress
+from amoeba_deploy.shape import shape_text
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,10 @@ def title(slot: Slot) -> str:
     """What a slot holds, in a few words."""
     release = "no release" if slot.serial is None else f"release {slot.serial}"
     signed = f"signed by {slot.signer}" if slot.signer else "its signature was not checked"
-    shape = f"{slot.shape.get('depth')}x{slot.shape.get('width')}"
+    try:
+        shape = shape_text(slot.shape)
+    except (KeyError, BadInput):  # of a later version's, or what somebody wrote
+        shape = "of an unknown shape"
     return f"{slot.checkpoint} {shape} in {slot.flow} {slot.precision} ({release}, {signed})"
 
 

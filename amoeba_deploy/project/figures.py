@@ -8,7 +8,7 @@ from typing import Any
 
 from amoeba_deploy.bundle import ENGINE, MEASURED, MEASURED_FORMAT, read_manifest
 from amoeba_deploy.files import folder_bytes, read_json, sha256_of
-from amoeba_deploy.shape import format_width, parse_width
+from amoeba_deploy.shape import shape_text
 
 
 def figures_of(bundle: Path, machines: Sequence[str] = ()) -> dict[str, Any]:
@@ -69,9 +69,3 @@ def machines_of(tables: Sequence[Path]) -> list[str]:
 def _e2e(ttft_ms: float, tpot_ms: float, tokens: int) -> float:
     """TTFT + (generated - 1) x TPOT, in milliseconds."""
     return round(ttft_ms + (tokens - 1) * tpot_ms, 4)
-
-
-def shape_text(shape: dict[str, Any]) -> str:
-    """A manifest's shape as users write it."""
-    policy = "" if shape.get("policy", "uniform") == "uniform" else f":{shape['policy']}"
-    return f"{shape['depth']}x{format_width(parse_width(str(shape['width'])))}{policy}"
