@@ -121,14 +121,14 @@ def _remove_abandoned(target: Path) -> None:
     for suffix in _PARTS if target.exists() else _PARTS[:1]:  # without its target an .old is all that is left of it
         for left in target.parent.glob(f".{target.name}.????????{suffix}"):
             try:
-                with _locked(left):
+                with held(left):
                     shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
             except OSError:
                 continue
 
 
 @contextmanager
-def _locked(path: Path, needed: bool = True) -> Iterator[None]:
+def held(path: Path, needed: bool = True) -> Iterator[None]:
     """Hold a lock on a temporary file or folder, which ends with the process.
 
     Raises OSError where it is held already, or where the file system has no locks and one is ``needed``.
@@ -140,6 +140,21 @@ def _locked(path: Path, needed: bool = True) -> Iterator[None]:
         except OSError:
             if needed:
                 raise
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def lock_file(file: Path, wait: bool = True) -> Iterator[None]:
+    """Hold the lock of a file that is there for that alone, and stays; it and its folder are made if need be.
+
+    Raises OSError where it cannot be made or locked, and BlockingIOError where another holds it and none is to wait.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield
     finally:
         os.close(descriptor)
@@ -164,7 +179,7 @@ def whole_folder(target: Path, force: bool = False, inputs: Sequence[Path] = ())
         raise BadInput(f"{target}: cannot be written ({error.strerror})") from None
     try:
         work.chmod(0o755)
-        with _locked(work, needed=False):
+        with held(work, needed=False):
             yield work
             _replace(work, target)
     except OSError as error:
@@ -240,7 +255,7 @@ def whole_file(target: Path, force: bool = False) -> Iterator[Path]:
         raise BadInput(f"{target}: cannot be written ({error.strerror})") from None
     work = Path(name)
     try:
-        with _locked(work, needed=False):
+        with held(work, needed=False):
             yield work
             work.chmod(0o644)
             work.replace(target)

@@ -9,7 +9,6 @@ what each project's targets were last built from (``targets/``), and digests of 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import shutil
@@ -26,6 +25,8 @@ from amoeba_deploy.files import (
     cache_folder,
     copy_tree,
     folder_bytes,
+    held,
+    lock_file,
     read_json,
     sha256_of,
     whole_file,
@@ -36,17 +37,6 @@ from amoeba_deploy.files import (
 ENTRY_FORMAT = "amoeba.build-entry/1"
 LAST_FORMAT = "amoeba.build-last/1"
 ENTRY, BUNDLE = "entry.json", "bundle"
-
-
-@contextlib.contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """Hold a folder as one's own, until the process ends at the latest; raises OSError where another holds it."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 @dataclass(frozen=True)
@@ -113,7 +103,7 @@ class BuildCache:
         folder = Path(tempfile.mkdtemp(prefix="run-", dir=work))
         before = tempfile.tempdir
         try:
-            with _held(folder):
+            with held(folder):
                 tempfile.tempdir = str(folder)
                 yield folder
         finally:
@@ -122,7 +112,7 @@ class BuildCache:
 
     def _remove_abandoned(self) -> None:
         for folder in (self.folder / "work").glob("*"):
-            with contextlib.suppress(OSError), _held(folder):
+            with contextlib.suppress(OSError), held(folder):
                 shutil.rmtree(folder, ignore_errors=True)
 
     def find(self, key: str) -> Entry | None:
@@ -180,17 +170,18 @@ class BuildCache:
     @contextlib.contextmanager
     def lock(self, key: str) -> Iterator[None]:
         """Let nobody else build a key in the meantime; waits for who does."""
-        file = self.folder / "locks" / key
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise BadInput(f"{file}: the cache cannot be written ({error.strerror}); set AMOEBA_CACHE") from None
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(lock_file(self._lock_file(key)))
+            except OSError as error:
+                raise BadInput(
+                    f"{self.folder}: the cache cannot be written ({error.strerror}); set AMOEBA_CACHE"
+                ) from None
             yield
-        finally:
-            os.close(descriptor)
+
+    def _lock_file(self, key: str) -> Path:
+        """Of a key; it is never removed, as who waits for it would then hold another than who comes later."""
+        return self.folder / "locks" / key
 
     def entries(self) -> list[Entry]:
         """All whole entries, the latest used first."""
@@ -208,41 +199,26 @@ class BuildCache:
         for entry in self.entries():
             old = older_than is not None and now - entry.used > older_than
             kept += entry.bytes
-            if everything or old or (keep_bytes is not None and kept > keep_bytes):
-                with self._if_free(entry.key) as free:
-                    if free:
-                        self.drop(entry.key)
-                        removed.append(entry)
-                        kept -= entry.bytes
+            too_much = keep_bytes is not None and kept > keep_bytes
+            if (everything or old or too_much) and self._drop_if_free(entry.key):
+                removed.append(entry)
+                kept -= entry.bytes
         self._remove_broken()
         self._remove_abandoned()
         return removed
 
-    @contextlib.contextmanager
-    def _if_free(self, key: str) -> Iterator[bool]:
-        file = self.folder / "locks" / key
-        try:
-            descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError:
-            yield False
-            return
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield True
-            file.unlink(missing_ok=True)
-        except BlockingIOError:
-            yield False
-        finally:
-            os.close(descriptor)
+    def _drop_if_free(self, key: str) -> bool:
+        """Remove an entry unless somebody is at work on it, or its lock cannot be had; whether it was removed."""
+        with contextlib.suppress(OSError), lock_file(self._lock_file(key), wait=False):
+            self.drop(key)
+            return True
+        return False
 
     def _remove_broken(self) -> None:
         """Remove what is no whole entry and nobody is working on."""
         for path in (self.folder / "bundles").glob("*"):
-            if path.name.startswith(".") or self.find(path.name) is not None:
-                continue
-            with self._if_free(path.name) as free:
-                if free:
-                    shutil.rmtree(path, ignore_errors=True)
+            if not path.name.startswith(".") and self.find(path.name) is None:
+                self._drop_if_free(path.name)
 
     # What a project's targets were last built from
 
