@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache, cached_property, partial
@@ -72,9 +72,7 @@ class Checkpoint:
     @cached_property
     def digest(self) -> str:
         """sha256 over the names and contents of the checkpoint's own files, of which amoeba.json names the base."""
-        files = own_files(self.path)
-        lines = [f"{file.name} {sha256_of(file)}\n" for file in files]
-        return "sha256:" + hashlib.sha256("".join(lines).encode()).hexdigest()
+        return own_digest(self.path)
 
     @property
     def minimum_width(self) -> Fraction:
@@ -204,9 +202,11 @@ class Checkpoint:
         }
 
 
-def own_files(folder: Path) -> list[Path]:
-    """The files of a checkpoint that its digest is over, in that order."""
-    return [folder / part for part in _PARTS if (folder / part).is_file()]
+def own_digest(folder: Path, sha256: Callable[[Path], str] = sha256_of) -> str:
+    """The digest of a checkpoint's folder, which need not be opened for it; ``sha256`` is of one file, in hex."""
+    files = [folder / part for part in _PARTS if (folder / part).is_file()]
+    lines = [f"{file.name} {sha256(file)}\n" for file in files]
+    return "sha256:" + hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def open_checkpoint(path: Path | None = None) -> Checkpoint:

@@ -197,6 +197,10 @@ measured_shapes_option = click.option(
     "--shapes", default="spread", show_default=True, help="spread (a dozen), corners, grid, or shapes with commas."
 )
 
+plain_http_option = click.option(
+    "--plain-http", is_flag=True, help="Speak HTTP without TLS to a registry that is not on this machine."
+)
+
 workload_options = _all(
     click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Sequences at once."),
     click.option("--prompt", type=click.IntRange(1), default=128, show_default=True, help="Prompt tokens."),

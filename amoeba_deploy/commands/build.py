@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from amoeba_deploy.commands.common import emit
-from amoeba_deploy.options import Days, Memory, output_options
+from amoeba_deploy.options import Days, Memory, output_options, plain_http_option
 from amoeba_deploy.progress import Progress
+from amoeba_deploy.settings import SETTINGS
 
 if TYPE_CHECKING:
     from amoeba_deploy.project.cache import Entry
@@ -21,7 +22,7 @@ FILE = click.Path(path_type=Path)
 
 
 @click.command()
-@click.option("--config", type=FILE, default="amoeba.toml", show_default=True, help="The project's file.")
+@click.option("--config", type=FILE, default=SETTINGS, show_default=True, help="The project's file.")
 @click.option(
     "--target", "targets", multiple=True, help="Build this one, and what it needs.  [repeatable; default: all]"
 )
@@ -38,7 +39,7 @@ FILE = click.Path(path_type=Path)
 @click.option("--serial", type=click.IntRange(0), help="Release number of signatures.  [default: seconds since 1970]")
 @click.option("--push", is_flag=True, help="Push the bundles of targets that name a registry.")
 @click.option("--tag", help="Push under this tag instead of the file's.")
-@click.option("--plain-http", is_flag=True, help="Speak HTTP without TLS to a registry that is not on this machine.")
+@plain_http_option
 @click.option("--junit", type=FILE, help="Write JUnit's XML here.")
 @click.option("--summary", type=FILE, help="Append a Markdown summary here, such as $GITHUB_STEP_SUMMARY.")
 @output_options

@@ -11,7 +11,7 @@ import click
 
 from amoeba_deploy.commands.common import emit
 from amoeba_deploy.errors import AmoebaError
-from amoeba_deploy.options import Seconds, output_options
+from amoeba_deploy.options import Seconds, output_options, plain_http_option
 from amoeba_deploy.progress import Progress
 
 root_option = click.option(
@@ -59,7 +59,7 @@ def health_options(command: Any) -> Any:
 @click.option("--retry", is_flag=True, help="Try a bundle again that failed here or was rolled back from.")
 @click.option("--drop-previous", is_flag=True, help="Give up what is kept for a rollback first, to make room.")
 @health_options
-@click.option("--plain-http", is_flag=True, help="Speak HTTP without TLS to a registry that is not on this machine.")
+@plain_http_option
 @wait_option
 @output_options
 def bundle_install(

@@ -9,15 +9,12 @@ from typing import TYPE_CHECKING
 import click
 
 from amoeba_deploy.commands.common import emit
-from amoeba_deploy.options import output_options
+from amoeba_deploy.options import output_options, plain_http_option
 from amoeba_deploy.progress import Progress
 
 if TYPE_CHECKING:
     from amoeba_deploy.delivery.registry import Pulled, Pushed
 
-plain_http_option = click.option(
-    "--plain-http", is_flag=True, help="Speak HTTP without TLS to a registry that is not on this machine."
-)
 force_option = click.option("--force", is_flag=True, help="Replace an existing output.")
 
 

@@ -33,7 +33,7 @@ from amoeba_deploy.device.slots import (
     write_record,
 )
 from amoeba_deploy.device.source import Source, Target, find_source
-from amoeba_deploy.device.state import Refused, Slot, SlotName, State, read_state, sha256_hex, write_state
+from amoeba_deploy.device.state import Refused, Slot, SlotName, State, read_state, write_state
 from amoeba_deploy.device.switch import clear_staging, make_folders, recovered, switch
 from amoeba_deploy.errors import AmoebaError, BadInput, VerificationFailed
 from amoeba_deploy.files import sha256_of, system_refusal
@@ -302,7 +302,7 @@ def _verified(
     manifest = verify_files(staged, digests)
     openable = check_fitness(staged, manifest, device, options.health.command is not None)
     release = read_release(staged)
-    sha = sha256_hex((staged / MANIFEST).read_bytes())
+    sha = sha256_of(staged / MANIFEST)
     slot = Slot(
         source=source,
         digest=digest,

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from amoeba_deploy.bundle import MANIFEST, read_manifest, verify_files
 from amoeba_deploy.device.durable import move, point, remove, write_file
-from amoeba_deploy.device.state import SLOTS, Slot, SlotName, sha256_hex
+from amoeba_deploy.device.state import SLOTS, Slot, SlotName
 from amoeba_deploy.errors import AmoebaError, BadInput, VerificationFailed
 from amoeba_deploy.files import json_text, read_json_object, sha256_of
 
@@ -91,7 +91,7 @@ def verify_slot(root: Path, name: SlotName, slot: Slot) -> None:
     folder = slot_folder(root, name)
     if folder.is_symlink() or folder.parent.is_symlink() or not (folder / MANIFEST).is_file():
         raise VerificationFailed(f"{folder}: does not hold the bundle that was installed")
-    if sha256_hex((folder / MANIFEST).read_bytes()) != slot.manifest:
+    if sha256_of(folder / MANIFEST) != slot.manifest:
         raise VerificationFailed(f"{folder / MANIFEST}: was changed after it was installed")
     try:
         verify_files(folder)

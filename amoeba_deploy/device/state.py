@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -144,8 +143,3 @@ def read_state(root: Path) -> State:
 def write_state(root: Path, state: State) -> None:
     """Replace the state, durably."""
     write_file(root / STATE, json_text(state.model_dump()).encode())
-
-
-def sha256_hex(data: bytes) -> str:
-    """sha256 in hex."""
-    return hashlib.sha256(data).hexdigest()

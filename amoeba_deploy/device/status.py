@@ -22,9 +22,10 @@ from amoeba_deploy.device.slots import (
     slot_folder,
     verify_slot,
 )
-from amoeba_deploy.device.state import SLOTS, STATE, Slot, SlotName, State, read_state, sha256_hex, write_state
+from amoeba_deploy.device.state import SLOTS, STATE, Slot, SlotName, State, read_state, write_state
 from amoeba_deploy.device.switch import fall_back, recovered
 from amoeba_deploy.errors import AmoebaError, BadInput, VerificationFailed
+from amoeba_deploy.files import sha256_of
 from amoeba_deploy.progress import Progress
 
 
@@ -228,7 +229,7 @@ def _known(root: Path, name: SlotName) -> Slot | None:
         if folder.is_symlink() or not folder.is_dir():
             return None
         manifest, release = verify_files(folder), read_release(folder)
-        sha = sha256_hex((folder / MANIFEST).read_bytes())
+        sha = sha256_of(folder / MANIFEST)
         return Slot(
             source=str(folder),
             digest=f"sha256:{sha}",

@@ -15,7 +15,6 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from amoeba_deploy.errors import BadInput
 
-CONFIG = "amoeba.toml"
 SCHEMA_ID = "https://json-schema.org/draft/2020-12/schema"
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 LATENCY = r"^\s*\d*\.?\d+\s*(us|ms|s)\s*$"

@@ -39,9 +39,10 @@ class FileDigests:
             digest = sha256_of(path)
         except OSError as error:
             raise BadInput(f"{file}: cannot be read ({error.strerror}), and {named} names it") from None
+        self._known[str(path)] = [*mark, digest]
         # A file that was written just now may be written again within the same tick of the clock.
         if time.time_ns() - found.st_mtime_ns > 2_000_000_000:
-            self._known[str(path)] = self._new[str(path)] = [*mark, digest]
+            self._new[str(path)] = self._known[str(path)]
         return digest
 
     def save(self) -> None:

@@ -59,6 +59,8 @@ class Verdict:
     condition: str
     broken: bool | None
     said: str
+    against_baseline: bool = False
+    """Whether the condition compares with a baseline."""
 
     def to_json(self) -> dict[str, Any]:
         """The entry of ``build --json``."""
@@ -171,10 +173,10 @@ class Gate:
                 continue
             looked.append(values)
             if broken:
-                return Verdict(target, self.condition, True, values)
-        if not looked:
-            return Verdict(target, self.condition, None, f"not compared: {'; '.join(dict.fromkeys(reasons))}")
-        return Verdict(target, self.condition, False, "; ".join([*looked, *dict.fromkeys(reasons)]))
+                return Verdict(target, self.condition, True, values, self.needs_baseline)
+        why = list(dict.fromkeys(reasons))
+        said = "; ".join([*looked, *why]) if looked else f"not compared: {'; '.join(why)}"
+        return Verdict(target, self.condition, False if looked else None, said, self.needs_baseline)
 
 
 class _Judge:

@@ -17,7 +17,7 @@ from typing import Any
 from amoeba_deploy import __version__
 from amoeba_deploy.backends import load_backend
 from amoeba_deploy.backends.backend import installed_versions
-from amoeba_deploy.checkpoint import EMBEDDED, own_files
+from amoeba_deploy.checkpoint import EMBEDDED, own_digest
 from amoeba_deploy.errors import AmoebaError, BadInput
 from amoeba_deploy.profiles.device import LOCAL, load_device
 from amoeba_deploy.profiles.machine import fingerprint
@@ -100,7 +100,8 @@ def inputs_of(loaded: Loaded, name: str, digests: FileDigests) -> Inputs:
         BadInput: a file that a target names cannot be read, or its device is not known.
     """
     target = loaded.targets[name]
-    device = load_device(device_of(loaded, target))
+    named = device_of(loaded, target)
+    device = load_device(named)
     flows = target.flow or [preference.flow for preference in device.flows]
     values = {
         "amoeba-deploy": f"{__version__} {source_digest()}",
@@ -111,8 +112,8 @@ def inputs_of(loaded: Loaded, name: str, digests: FileDigests) -> Inputs:
     }
     if device.name == LOCAL:
         values["machine"] = fingerprint()
-    if (file := Path(device_of(loaded, target))).suffix == ".toml":
-        values["device file"] = "sha256:" + digests.of(file, f"device of [targets.{name}]")
+    if named.endswith(".toml"):
+        values["device file"] = "sha256:" + digests.of(Path(named), f"device of [targets.{name}]")
     for table in target.table:
         values[f"table {table}"] = "sha256:" + digests.of(loaded.path(table), f"table of [targets.{name}]")
     if target.shape is not None and target.shape.endswith(".json"):
@@ -137,5 +138,4 @@ def _checkpoint(folder: Path, digests: FileDigests) -> str:
     """The digest of a checkpoint's own files, of which amoeba.json names the base model's."""
     if not (folder / "amoeba.json").is_file():
         raise BadInput(f"{folder}: is no one-for-all checkpoint, it has no amoeba.json; give the path of one")
-    lines = [f"{file.name} {digests.of(file)}\n" for file in own_files(folder)]
-    return "sha256:" + hashlib.sha256("".join(lines).encode()).hexdigest()
+    return own_digest(folder, digests.of)

@@ -45,7 +45,6 @@ class Maker:
     cache: BuildCache
     store: ExtractionStore
     progress: Progress
-    force: bool = False
 
     @cached_property
     def _checkpoint(self) -> Checkpoint:
@@ -85,7 +84,7 @@ class Maker:
         with self.cache.lock(inputs.key):
             if drop:
                 self.cache.drop(inputs.key)
-            entry = None if self.force else self.cache.find(inputs.key)
+            entry = None if one.forced else self.cache.find(inputs.key)
             if entry is None:
                 state = BUILT
                 entry = build_target(
@@ -120,14 +119,13 @@ class _Task:
     cache: Path
     store: Path
     quiet: bool
-    force: bool
 
 
 def _make_elsewhere(task: _Task) -> Result:
     """Make a target in a process of its own; the error of a failure need not travel, its sentence does."""
     tempfile.tempdir = str(task.store.parent)  # which goes with the build, whatever becomes of this process
     loaded, progress = load_project(task.config), _Prefixed(task.one.name, task.quiet)
-    maker = Maker(loaded, BuildCache(task.cache), ExtractionStore(task.store), progress, task.force)
+    maker = Maker(loaded, BuildCache(task.cache), ExtractionStore(task.store), progress)
     return maker.make(task.one)
 
 
@@ -151,7 +149,6 @@ class Build:
     cache: BuildCache
     progress: Progress
     jobs: int = 1
-    force: bool = False
     results: dict[str, Result] = field(default_factory=dict)
 
     def foreseen(self, planned: Sequence[Planned]) -> list[Result]:
@@ -179,7 +176,7 @@ class Build:
         with ExitStack() as stack:
             work = stack.enter_context(self.cache.workspace())
             store = ExtractionStore(work / "subnets")
-            maker = Maker(self.loaded, self.cache, store, self.progress, self.force)
+            maker = Maker(self.loaded, self.cache, store, self.progress)
             apart = sum(one.entry is None and not one.is_here for one in planned)
             pool = stack.enter_context(_Pool(min(self.jobs, apart))) if min(self.jobs, apart) > 1 else None
             self._run({one.name: one for one in planned}, maker, pool)
@@ -250,9 +247,7 @@ class _Pool:
     def submit(self, maker: Maker, one: Planned) -> futures.Future[Result]:
         """Let a process make a target."""
         folders = maker.cache.folder, maker.store.folder
-        return self._pool.submit(
-            _make_elsewhere, _Task(maker.loaded.file, one, *folders, maker.progress.quiet, maker.force)
-        )
+        return self._pool.submit(_make_elsewhere, _Task(maker.loaded.file, one, *folders, maker.progress.quiet))
 
     def __enter__(self) -> _Pool:
         return self

@@ -48,24 +48,18 @@ class Planned:
         changes = self.inputs.changes(self.last["inputs"])
         return "; ".join(changes) if changes else "its bundle is not in the cache any more"
 
-    def result(self, state: State, reason: str, entry: Entry | None = None, seconds: float = 0.0) -> Result:
+    def result(self, state: State, reason: str, entry: Entry | None = None) -> Result:
         """What became of it."""
         figures = entry.figures if entry else None
         remarks = tuple(entry.facts.get("remarks", ())) if entry else ()
         before = self.last.get("figures") if self.last else None
-        return Result(self.name, self.device, state, self.output, reason, seconds, figures, before, remarks)
+        return Result(self.name, self.device, state, self.output, reason, 0.0, figures, before, remarks)
 
 
 def plan(loaded: Loaded, names: Sequence[str], cache: BuildCache, force: bool = False) -> list[Planned]:
-    """The targets that are named (all where none is) and those that they need, each after what it needs.
-
-    ``force`` takes none from the cache.
-
-    Raises:
-        BadInput: there is no such target, or targets need each other in a circle.
-    """
+    """Some targets before anything is done, in the order of their names; ``force`` takes none from the cache."""
     digests, last = FileDigests(cache.folder), cache.last(loaded.file)
-    found = [_planned(loaded, name, digests, cache, last.get(name), force) for name in ordered(loaded, names)]
+    found = [_planned(loaded, name, digests, cache, last.get(name), force) for name in names]
     digests.save()
     return found
 

@@ -105,8 +105,6 @@ def _first_that_fits(
     """The answer of the first preference that has one, and why earlier ones were passed over."""
     options, shape = search_options(loaded, target), shape_of(loaded, target)
     load_device(options["device"])
-    for flow in target.flow:
-        load_backend(flow)
     tried = list(preferences(target))
     if not tried:
         for flow in target.flow:

@@ -8,7 +8,8 @@ from pathlib import Path
 from amoeba_deploy.errors import BadInput
 from amoeba_deploy.files import check_new_file, whole_file, write_json
 from amoeba_deploy.profiles.device import load_device
-from amoeba_deploy.project.config import CONFIG, NAME, load_project, schema
+from amoeba_deploy.project.config import NAME, load_project, schema
+from amoeba_deploy.settings import SETTINGS
 
 SCHEMA = ".amoeba.schema.json"
 TEMPLATE = """\
@@ -54,7 +55,7 @@ def write_project(folder: Path, checkpoint: str | None, device: str, name: str, 
     Raises:
         BadInput: there is one already, the device is not known, or a name cannot stand in the file.
     """
-    file, described = folder / CONFIG, folder / SCHEMA
+    file, described = folder / SETTINGS, folder / SCHEMA
     check_new_file(file, force)
     load_device(device)
     if re.fullmatch(NAME, name) is None:

@@ -63,7 +63,7 @@ class Whole:
         if not broken:
             return None
         more = f"; {len(broken) - 1} more gates are broken" if len(broken) > 1 else ""
-        renew = ", or store a new baseline with --save-baseline" if _speaks_of_baseline(broken[0]) else ""
+        renew = ", or store a new baseline with --save-baseline" if broken[0].against_baseline else ""
         return VerificationFailed(
             f"{broken[0].target} breaks the gate '{broken[0].condition}': {broken[0].said}{more}; look at what "
             f"changed{renew}"
@@ -72,7 +72,7 @@ class Whole:
     @property
     def broken(self) -> list[Verdict]:
         """The gates that are broken, but for those against a baseline that is just being replaced."""
-        return [each for each in self.verdicts if each.broken and not (self.replaces and _speaks_of_baseline(each))]
+        return [each for each in self.verdicts if each.broken and not (self.replaces and each.against_baseline)]
 
     def to_json(self) -> dict[str, Any]:
         """The object that ``build --json`` prints."""
@@ -106,8 +106,8 @@ def build_project(wishes: Wishes, progress: Progress) -> Whole:
         progress.say(remark)
     if not stored and not wishes.save_baseline and any(gate.needs_baseline for gate in gates):
         progress.say(f"note: there is no {file}, so nothing is compared with a baseline; --save-baseline stores one")
-    planned = plan(loaded, wishes.targets, cache, wishes.force)
-    build = Build(loaded, cache, progress, wishes.jobs or settings.jobs, wishes.force)
+    planned = plan(loaded, names, cache, wishes.force)
+    build = Build(loaded, cache, progress, wishes.jobs or settings.jobs)
     results = build.foreseen(planned) if wishes.dry_run else build.run(planned)
     verdicts = [
         gate.judge(result.name, result.figures, stored.get(result.name))
@@ -125,10 +125,6 @@ def build_project(wishes: Wishes, progress: Progress) -> Whole:
         write_baseline(file, results, stored)
         progress.say(f"{file}: stored as the baseline")
     return whole
-
-
-def _speaks_of_baseline(verdict: Verdict) -> bool:
-    return Gate(verdict.condition).needs_baseline
 
 
 def _shipped(loaded: Loaded, result: Result, wishes: Wishes, progress: Progress) -> Result:
