@@ -230,10 +230,21 @@ def print_evaluation(results: Mapping[str, Mapping[str, Any]]) -> None:
                 f"{name}: perplexity {result['perplexity']:.3f} (loss {result['loss']:.4f}, {result['tokens']} tokens)"
             )
         for task, found in result.get("tasks", {}).items():
-            click.echo(
-                f"{name}: {task} {100 * found['accuracy']:.1f}% of {found['n']} questions right "
-                f"(chance {100 * found['chance']:.1f}%)"
-            )
+            click.echo(f"{name}: {task} {_task_words(found)}")
+
+
+def _task_words(found: Mapping[str, Any]) -> str:
+    """The main metric of a task with its standard error, and over how many questions."""
+    if "accuracy" in found:
+        value, error, unit = 100 * found["accuracy"], found["accuracy_se"], "%"
+        error = None if error is None else 100 * error
+        of = f" of {found['n']} questions right"
+        chance = f" (chance {100 * found['chance']:.1f}%)" if "chance" in found else ""
+        return f"{value:.1f}{'' if error is None else f' ± {error:.1f}'}{unit}{of}{chance}"
+    metric = found["metric"]
+    error = found[f"{metric}_se"]
+    spread = "" if error is None else f" ± {error:.4g}"
+    return f"{metric.replace('_', ' ')} {found[metric]:.4g}{spread} over {found['n']} documents"
 
 
 def print_device_test(table: Table, file: Path) -> None:

@@ -42,6 +42,8 @@ class TextLoss:
     loss: float
     standard_error: float
     tokens: int
+    rows: tuple[float, ...] = ()
+    """The mean loss of each row: two models that read the same rows are compared by them in pairs."""
 
     @property
     def perplexity(self) -> float:
@@ -56,6 +58,15 @@ class TaskAccuracy:
     accuracy: float
     questions: int
     chance: float
+    right: tuple[bool, ...] = ()
+    """Of each question, whether it was answered right."""
+
+    @property
+    def standard_error(self) -> float | None:
+        """Of the accuracy over questions: the sample's deviation over the square root of their number."""
+        if self.questions < 2:
+            return None
+        return math.sqrt(self.accuracy * (1 - self.accuracy) / (self.questions - 1))
 
 
 @dataclass(frozen=True)
@@ -135,7 +146,7 @@ def text_loss(logits: LogitsFunction, rows: Ids, step: Callable[[], None] | None
     if not np.isfinite(losses).all():
         raise BadInput("the model gives logits that are not finite on this text; its weights are damaged")
     error = losses.std(ddof=1) / math.sqrt(len(losses)) if len(losses) > 1 else 0.0
-    return TextLoss(float(losses.mean()), float(error), rows.size)
+    return TextLoss(float(losses.mean()), float(error), rows.size, tuple(map(float, losses)))
 
 
 def choice_rows(question: Question, tokenizer: Tokenizer, context: int) -> Iterator[tuple[list[int], int]]:
@@ -174,14 +185,14 @@ def task_accuracy(
     step: Callable[[], None] | None = None,
 ) -> TaskAccuracy:
     """Share of questions whose right choice scores highest."""
-    right = 0
+    right = []
     for question in questions:
         scores = choice_scores(logits, question, tokenizer, context)
-        right += int(np.argmax(scores)) == question.gold
+        right.append(int(np.argmax(scores)) == question.gold)
         if step is not None:
             step()
     chance = sum(1 / len(question.choices) for question in questions) / len(questions)
-    return TaskAccuracy(right / len(questions), len(questions), chance)
+    return TaskAccuracy(sum(right) / len(questions), len(questions), chance, tuple(right))
 
 
 def torch_logits(model: Any) -> LogitsFunction:

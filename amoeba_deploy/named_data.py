@@ -13,17 +13,17 @@ the subject where their code puts two.
 from __future__ import annotations
 
 import itertools
-import logging
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from amoeba_deploy.errors import BadInput, ToolchainMissing
 from amoeba_deploy.evaluation import Question
+from amoeba_deploy.quiet import quiet_data
 
 LETTERS = ("A", "B", "C", "D")
 """The choices of an MMLU question."""
@@ -258,26 +258,13 @@ def _unreadable(data: NamedData, folder: str | None, error: Exception) -> BadInp
 @contextmanager
 def _opened(data: NamedData) -> Iterator[_Source]:
     """The dataset of a name; while it is read, the library's progress bars and remarks stay off the terminal."""
-    try:
-        import datasets.utils as library
-        import huggingface_hub.utils as hub
-    except ImportError:
-        found = f"{data.name} is read by the datasets library, which is not installed"
-        raise ToolchainMissing(f"{found}; run pip install 'amoeba-deploy[evaluate]'") from None
-    loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub")]
-    levels = [logger.level for logger in loggers]
-    bars = [each for each in (library, hub) if not each.are_progress_bars_disabled()]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        for each in bars:
-            each.disable_progress_bars()
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(quiet_data())
+        except ImportError:
+            found = f"{data.name} is read by the datasets library, which is not installed"
+            raise ToolchainMissing(f"{found}; run pip install 'amoeba-deploy[evaluate]'") from None
         yield _open(data)
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-        for each in bars:
-            each.enable_progress_bars()
 
 
 def _open(data: NamedData) -> _Source:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 _NOISE = {
@@ -42,3 +44,29 @@ def quiet_imports() -> None:
     finally:
         for module in places:
             module.is_torchao_available = asked
+
+
+@contextmanager
+def quiet_data(*loggers: str) -> Iterator[None]:
+    """While data sets are read, the library's bars and remarks, and those of other ``loggers``, stay off the terminal.
+
+    Raises:
+        ImportError: the library ``datasets`` is not installed.
+    """
+    import datasets.utils as library
+    import huggingface_hub.utils as hub
+
+    found = [logging.getLogger(name) for name in ("datasets", "huggingface_hub", *loggers)]
+    levels = [logger.level for logger in found]
+    bars = [each for each in (library, hub) if not each.are_progress_bars_disabled()]
+    try:
+        for logger in found:
+            logger.setLevel(logging.CRITICAL)
+        for each in bars:
+            each.disable_progress_bars()
+        yield
+    finally:
+        for logger, level in zip(found, levels, strict=True):
+            logger.setLevel(level)
+        for each in bars:
+            each.enable_progress_bars()

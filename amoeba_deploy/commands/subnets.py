@@ -123,7 +123,19 @@ def extract(
 @click.argument("path", type=click.Path(path_type=Path), required=False)
 @click.option("--shape", multiple=True, help="Shape of a checkpoint; may be repeated.  [default: the full model]")
 @click.option("--text", type=click.Path(path_type=Path), help="Text file: loss and perplexity.")
-@click.option("--tasks", help="JSON-lines files of questions, separated by commas: accuracy.")
+@click.option(
+    "--tasks",
+    help="Tasks of lm-evaluation-harness by name (mmlu, boolq, piqa, hellaswag, winogrande, arc_easy, arc_challenge, "
+    "openbookqa, wikitext, ...) and JSON-lines files of questions, separated by commas.",
+)
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    help="Folder with a folder of files a task, asked instead of the hub.  [default: $AMOEBA_DATA]",
+)
+@click.option("--shots", type=click.IntRange(0), help="Worked examples before a question.  [default: the paper's]")
+@click.option("--limit", type=click.IntRange(1), help="Ask only the first so many questions of each task.")
+@click.option("--fresh", is_flag=True, help="Measure again what was measured before.")
 @click.option("--sequence", type=click.IntRange(2), default=256, show_default=True, help="Tokens a row of text.")
 @output_options
 def evaluate(
@@ -131,25 +143,33 @@ def evaluate(
     shape: tuple[str, ...],
     text: Path | None,
     tasks: str | None,
+    data: Path | None,
+    shots: int | None,
+    limit: int | None,
+    fresh: bool,
     sequence: int,
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Perplexity on a text and accuracy on questions, of a model folder, a bundle, or shapes of a checkpoint.
+    """Perplexity on a text, accuracy on questions and tasks, of a model folder, a bundle, or shapes of a checkpoint.
 
     \b
     amoeba evaluate --shape 8x0.75 --text held-out.txt --tasks questions.jsonl
+    amoeba evaluate out --tasks piqa,arc_easy --data my-data
     """
     from amoeba_deploy import console
-    from amoeba_deploy.subject import evaluate_subject, subjects
+    from amoeba_deploy.evaluated import Wanted, evaluate_one, evaluated_subjects
+    from amoeba_deploy.tasks.harness import TaskRequest
 
     if text is None and tasks is None:
-        raise BadInput("evaluate needs --text FILE or --tasks FILE[,FILE...]")
-    questions = [Path(name) for name in comma_list(tasks)]
+        raise BadInput("evaluate needs --text FILE or --tasks TASK[,TASK...]")
+    progress = Progress(quiet)
+    wanted = Wanted.of(text, comma_list(tasks), sequence, TaskRequest(shots, limit, data), fresh)
     results = {
-        name: evaluate_subject(subject, text, questions, sequence, Progress(quiet))
-        for name, subject in subjects(path, shape, open_named)
+        name: evaluate_one(subject, wanted, progress) for name, subject in evaluated_subjects(path, shape, open_named)
     }
+    if any(result["remembered"] for result in results.values()):
+        progress.say("measured before; --fresh measures again")
     value = next(iter(results.values())) if len(results) == 1 else {"shapes": results}
     emit(value, as_json, lambda: console.print_evaluation(results))
 
