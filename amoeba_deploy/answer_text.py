@@ -13,6 +13,7 @@ from amoeba_deploy.files import folder_bytes
 from amoeba_deploy.search.quantity import three_digits
 
 if TYPE_CHECKING:
+    from amoeba_deploy.comparison import Comparison
     from amoeba_deploy.export_all import AllExports
     from amoeba_deploy.exported import ExportAnswer
     from amoeba_deploy.profiles.prediction import Interval
@@ -76,6 +77,7 @@ def print_answer(answer: Answer, top: int = 5) -> None:
         f"{_between(prediction.ttft_interval)}, memory {amount(prediction.memory_bytes)} ({prediction.source})"
     )
     click.echo(f"  {_quality_name(best)} {_quality_text(best)} ({best.quality.source})")
+    _print_equals(answer)
     _print_held_out(answer)
     if best.quality.metric != LOSS:
         click.echo("  no quality is known here: shapes are ranked by the parameters they keep")
@@ -85,6 +87,30 @@ def print_answer(answer: Answer, top: int = 5) -> None:
         click.echo(f"\nbest {min(top, len(result.ranked))} within the budget")
         _print_candidates(result.ranked[:top])
     _print_measured(answer)
+
+
+def _print_equals(answer: Answer) -> None:
+    """Whether the choice's quality can be told apart from that of the others within the budget."""
+    from amoeba_deploy.search.choice import comparison
+
+    result, metric = answer.result, answer.request.budget.metric
+    equals = [(other, found) for other in result.equals if (found := comparison(result.best, other)) is not None]
+    if equals:
+        other, found = equals[0]
+        more = f", nor from {len(result.equals) - 1} more" if len(result.equals) > 1 else ""
+        click.echo(
+            f"  its quality cannot be told apart from that of {other.shape} {other.flow} {other.precision} "
+            f"({_difference(found)}){more}: of these it has the lowest {metric.upper()}"
+        )
+        return
+    following = next((one for one in result.ranked[1:] if comparison(result.best, one) is not None), None)
+    if following is not None and (found := comparison(result.best, following)) is not None and found.significant:
+        name = f"{following.shape} {following.flow} {following.precision}"
+        click.echo(f"  significantly better than {name}, the next that was measured ({_difference(found)})")
+
+
+def _difference(found: Comparison) -> str:
+    return f"{found.difference:+.4f} ± {found.standard_error:.4f} over {found.pairs} rows of text"
 
 
 def _print_held_out(answer: Answer) -> None:

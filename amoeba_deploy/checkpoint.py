@@ -27,13 +27,14 @@ from amoeba_deploy.files import read_json, read_json_object, require_inside, sha
 from amoeba_deploy.model_folder import ModelFolder, resolve_model
 from amoeba_deploy.plan import NEURON_MULTIPLE, Plan, Steps, read_plan, sized, subnet_widths
 from amoeba_deploy.quality import WIDTHS, Quality, read_quality
+from amoeba_deploy.quality_pairs import PAIRS
 from amoeba_deploy.selection import Selection, read_selection
 from amoeba_deploy.shape import Policy, Shape, parse_width, width_to_json
 
 CHECKPOINT_FORMAT = "amoeba.checkpoint/1"
 ADAPTER_KINDS = ("smol", "lora")
 EMBEDDED = Path(__file__).parent / "demo" / "checkpoint"
-_PARTS = ("amoeba.json", "selection.json", "selection.safetensors", "smol.safetensors", "quality.json")
+_PARTS = ("amoeba.json", "selection.json", "selection.safetensors", "smol.safetensors", "quality.json", PAIRS)
 
 
 @dataclass(frozen=True, repr=False)

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from amoeba_deploy.backends import load_backend
 from amoeba_deploy.backends.backend import options_for, require_toolchain
 from amoeba_deploy.checkpoint import Checkpoint
@@ -81,7 +83,7 @@ def with_measured_quality(answer: Answer, check: QualityCheck, top: int = TOP) -
     with request.progress.bar("quality", len(chosen)) as step:
         for candidate in chosen:
             loss = _loss(checkpoint, request, candidate, rows)
-            value = QualityValue("loss", loss.loss, MEASURED)
+            value = QualityValue("loss", loss.loss, MEASURED, np.array(loss.rows, dtype=np.float32))
             found.append(MeasuredQuality(candidate.quality, replace(candidate, quality=value), loss.standard_error))
             step()
     result = _ranked_anew(answer, [one.candidate for one in found], check.own)
@@ -102,7 +104,8 @@ def _ranked_anew(answer: Answer, measured: Sequence[Candidate], own: bool) -> Se
     """The result with measured candidates first; on the checkpoint's own text the front has their losses, too."""
     request, before = answer.request, answer.result
     first = search(measured, request.budget, request.target.workload, request.axes)
-    result = replace(before, best=first.best, ranked=(*first.ranked, *before.ranked[len(measured) :]))
+    ranked = (*first.ranked, *before.ranked[len(measured) :])
+    result = replace(before, best=first.best, ranked=ranked, equals=first.equals)
     if not own:
         return result
     known = {_key(candidate): candidate for candidate in measured}

@@ -34,7 +34,8 @@ class _Quantity(click.ParamType[float]):
         if match is None or match[2] not in self.units:
             units = ", ".join(self.units)
             self.fail(f"'{value}' is not a number with one of the units {units}; write {self.example}", param, ctx)
-        found = float(match[1]) * self.units[match[2]] / self.scale
+        # The units first: a number of milliseconds must stay what was written.
+        found = float(match[1]) * (self.units[match[2]] / self.scale)
         if found <= 0:
             self.fail(f"'{value}' must be more than zero; write {self.example}", param, ctx)
         return found
@@ -210,21 +211,7 @@ workload_options = _all(
     ),
 )
 
-search_options = _all(
-    click.option(
-        "--device",
-        "devices",
-        required=True,
-        multiple=True,
-        help="A name of 'amoeba devices', or the path of your own device file.",
-    ),
-    click.option(
-        "--latency",
-        "latencies",
-        type=DeviceLatency(),
-        multiple=True,
-        help="Budget with its unit, such as 40ms; of one of several devices NAME=40ms.",
-    ),
+limit_options = _all(
     click.option(
         "--metric",
         type=click.Choice(["tpot", "ttft", "e2e"]),
@@ -242,6 +229,24 @@ search_options = _all(
     ),
     click.option("--flow", help="Flows, separated by commas.  [default: the device's first that works here]"),
     click.option("--precision", help="Precisions, separated by commas.  [default: the device's]"),
+)
+
+search_options = _all(
+    click.option(
+        "--device",
+        "devices",
+        required=True,
+        multiple=True,
+        help="A name of 'amoeba devices', or the path of your own device file.",
+    ),
+    click.option(
+        "--latency",
+        "latencies",
+        type=DeviceLatency(),
+        multiple=True,
+        help="Budget with its unit, such as 40ms; of one of several devices NAME=40ms.",
+    ),
+    limit_options,
     click.option(
         "--table", type=click.Path(path_type=Path), multiple=True, help="Latency table to use; several are merged."
     ),

@@ -1,17 +1,22 @@
 """How good every shape is: ``quality.json``, measured for a grid of shapes and interpolated between them.
 
-What was measured stays as it is; what is interpolated never gets better where something is removed.
+What was measured stays as it is; what is interpolated never gets better where something is removed. Beside the means
+``quality.safetensors`` holds the loss of every row of text and whether every question was answered right, so that two
+shapes can be compared in pairs (``comparison.py``).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from amoeba_deploy.architecture import Architecture
 from amoeba_deploy.errors import BadInput
@@ -19,6 +24,7 @@ from amoeba_deploy.files import read_json, write_json
 from amoeba_deploy.interpolation import over_shapes
 from amoeba_deploy.monotone import HeldOut, Measured, Rows, covers, held_out, levelled, rows_of
 from amoeba_deploy.plan import Steps, sized, subnet_widths
+from amoeba_deploy.quality_pairs import read_pairs, write_pairs
 from amoeba_deploy.shape import Policy, Shape, parse_width
 
 QUALITY_FORMAT = "amoeba.quality/1"
@@ -32,7 +38,10 @@ UNMEASURED_PRECISION = "fp32 (this precision not measured)"
 
 @dataclass(frozen=True)
 class QualityRow:
-    """What was measured of one shape in one precision: loss with its standard error, accuracy of n questions."""
+    """What was measured of one shape in one precision: loss and accuracy with standard errors, over n questions.
+
+    ``losses`` [rows of text] and ``right`` [questions] are what the means are of, where that was kept.
+    """
 
     shape: Shape
     precision: str
@@ -40,6 +49,15 @@ class QualityRow:
     loss_error: float
     accuracy: float | None
     questions: int
+    losses: NDArray[np.float32] | None = field(default=None, compare=False, repr=False)
+    right: NDArray[np.uint8] | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def accuracy_error(self) -> float | None:
+        """Standard error of the accuracy over questions."""
+        if self.accuracy is None or self.questions < 2:
+            return None
+        return math.sqrt(self.accuracy * (1 - self.accuracy) / (self.questions - 1))
 
 
 @dataclass(frozen=True)
@@ -49,6 +67,8 @@ class QualityValue:
     metric: Literal["loss", "parameters_kept"]
     value: float
     source: str
+    losses: NDArray[np.float32] | None = field(default=None, compare=False, repr=False)
+    """Of a measured loss, that of every row of the text, where that is known."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +153,7 @@ class Quality:
         width = float(shape.width) if not other else _width_of(subnet, self.architecture)
         value = row.loss if row else over_shapes(self._surfaces[used], shape.depth, width)
         source = UNMEASURED_PRECISION if used != precision else MEASURED if row else INTERPOLATED
-        return QualityValue("loss", value, source)
+        return QualityValue("loss", value, source, row.losses if row else None)
 
 
 def _sizes(subnet: Architecture | None) -> tuple[int, int, int] | None:
@@ -178,7 +198,7 @@ def grid(
 
 
 def write_quality(folder: Path, quality: Quality) -> None:
-    """Write ``quality.json``."""
+    """Write ``quality.json``, and ``quality.safetensors`` where rows and questions are known one by one."""
     rows = [
         {
             **row.shape.to_json(),
@@ -188,12 +208,14 @@ def write_quality(folder: Path, quality: Quality) -> None:
             "loss": round(row.loss, 6),
             "loss_se": round(row.loss_error, 6),
             "accuracy": row.accuracy,
+            "accuracy_se": None if row.accuracy_error is None else round(row.accuracy_error, 6),
             "n": row.questions,
         }
         for row in quality.rows
     ]
     head = {"format": QUALITY_FORMAT, "metric": "loss", "direction": "min", "text": quality.text}
     write_json(folder / "quality.json", head | {"rows": rows})
+    write_pairs(folder, [row.losses for row in quality.rows], [row.right for row in quality.rows])
 
 
 def read_quality(
@@ -234,4 +256,7 @@ def read_quality(
         ) from None
     if not any(row.precision == REFERENCE_PRECISION for row in rows):
         raise BadInput(f"{file}: has no row in {REFERENCE_PRECISION}; measure quality again")
+    losses, right = read_pairs(folder, [row.loss for row in rows], [row.questions for row in rows])
+    found = zip(rows, losses, right, strict=True)
+    rows = tuple(replace(row, losses=own, right=answered) for row, own, answered in found)
     return Quality(architecture, multiple, bias, text, rows)

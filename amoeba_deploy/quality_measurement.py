@@ -22,6 +22,8 @@ from amoeba_deploy.evaluation import (
     SEQUENCE,
     LogitsFunction,
     Question,
+    TaskAccuracy,
+    TextLoss,
     file_digest,
     read_questions,
     task_accuracy,
@@ -133,9 +135,17 @@ def measure_quality(
                 with tempfile.TemporaryDirectory(prefix="amoeba-quality-") as work:
                     logits = shape_logits(checkpoint, shape, precision, Path(work), device)
                     loss = text_loss(logits, rows)
-                    accuracy = task_accuracy(logits, asked, tokenizer, sizes.context).accuracy if asked else None
-                rounded = None if accuracy is None else round(accuracy, 6)
-                found.append(QualityRow(shape, precision, loss.loss, loss.standard_error, rounded, len(asked)))
+                    task = task_accuracy(logits, asked, tokenizer, sizes.context) if asked else None
+                found.append(_row(shape, precision, loss, task))
                 step()
     facts = {"digest": file_digest(text), "tokens": int(rows.size), "sequence": length}
     return Quality(sizes, checkpoint.multiple, checkpoint.bias, facts, tuple(found))
+
+
+def _row(shape: Shape, precision: str, loss: TextLoss, task: TaskAccuracy | None) -> QualityRow:
+    losses = np.array(loss.rows, dtype=np.float32)
+    if task is None:
+        return QualityRow(shape, precision, loss.loss, loss.standard_error, None, 0, losses)
+    right = np.array(task.right, dtype=np.uint8)
+    accuracy = round(task.accuracy, 6)
+    return QualityRow(shape, precision, loss.loss, loss.standard_error, accuracy, task.questions, losses, right)

@@ -32,7 +32,7 @@ from amoeba_deploy.search import (
 )
 from amoeba_deploy.search.budget import further_limits
 from amoeba_deploy.search.candidate import MeasuredQuality
-from amoeba_deploy.search.choice import Axes
+from amoeba_deploy.search.choice import Axes, comparison
 from amoeba_deploy.search.hierarchical import Level, hierarchical
 from amoeba_deploy.shape import Shape
 from amoeba_deploy.space import Space
@@ -244,6 +244,13 @@ def _is_own(plan: Plan, shape: str, space: Space) -> bool:
     return not shape.endswith(".json") or space.checkpoint.owns(plan)
 
 
+def _equal_to_json(best: Candidate, other: Candidate) -> dict[str, Any]:
+    """A shape that cannot be told apart from the best; its difference where both were measured on the same rows."""
+    found = comparison(best, other)
+    named = {**other.shape.to_json(), "flow": other.flow, "precision": other.precision}
+    return named | {"quality": quality_to_json(other.quality)} | (found.to_json() if found else {})
+
+
 @dataclass(frozen=True)
 class Answer:
     """What a search found."""
@@ -314,6 +321,7 @@ class Answer:
             **(descent if self.levels else {}),
             **({"measured_quality": [one.to_json() for one in self.measured]} if self.measured else {}),
             "binding": self.result.binding,
+            "equals": [_equal_to_json(self.best, other) for other in self.result.equals],
             "considered": self.result.considered,
             "remarks": list(self.remarks),
             "top": [candidate.to_json() for candidate in self.result.ranked[:top]],

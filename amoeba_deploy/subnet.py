@@ -11,12 +11,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from amoeba_deploy import families
 from amoeba_deploy.backends import load_backend, takes_of
 from amoeba_deploy.backends.takes import Takes
 from amoeba_deploy.checkpoint import Checkpoint
+from amoeba_deploy.comparison import Comparison, compare
 from amoeba_deploy.errors import BadInput
-from amoeba_deploy.evaluation import SEQUENCE, file_digest, text_loss, text_rows, torch_logits
+from amoeba_deploy.evaluation import SEQUENCE, TextLoss, file_digest, text_loss, text_rows, torch_logits
 from amoeba_deploy.extraction.compensation import Biases, compensate
 from amoeba_deploy.extraction.folder import (
     DTYPES,
@@ -196,6 +199,7 @@ class Subnet:
             "metric": "loss",
             "before": round(before.value, _ROUNDED),
             "after": round(after.value, _ROUNDED),
+            **_difference(compare(before.losses, after.losses)),
             "source": after.source,
             "text": known.text["digest"],
         }
@@ -204,20 +208,27 @@ class Subnet:
         checkpoint = self.checkpoint
         rows = text_rows(text, checkpoint.model.tokenizer(), min(SEQUENCE, checkpoint.architecture.context))
 
-        def loss_of(model: PreTrainedModel) -> float:
+        def measured(model: PreTrainedModel) -> TextLoss:
             with progress.bar(text.name, -(-len(rows) // 8)) as step:
-                return round(text_loss(torch_logits(model), rows, step).loss, _ROUNDED)
+                return text_loss(torch_logits(model), rows, step)
 
         full = checkpoint.plan(checkpoint.full_shape)
         with tempfile.TemporaryDirectory(prefix="amoeba-full-") as work:
             extract(checkpoint.model, full, Path(work), learnt=checkpoint.learnt(full))
-            before = loss_of(load_torch_model(Path(work)))
+            before = measured(load_torch_model(Path(work)))
         loaded = load_torch_model(subnet)
-        found: dict[str, Any] = {"metric": "loss", "before": before, "after": loss_of(loaded)}
+        after = measured(loaded)
+        pairs = [np.array(each.rows, dtype=np.float32) for each in (before, after)]
+        found: dict[str, Any] = {
+            "metric": "loss",
+            "before": round(before.loss, _ROUNDED),
+            "after": round(after.loss, _ROUNDED),
+            **_difference(compare(*pairs)),
+        }
         biases = self._other_biases()
         if biases is not None:
             compensate(loaded, self.plan, biases, -1.0 if self.bias else 1.0)
-            found["after_with_bias_" + ("off" if self.bias else "on")] = loss_of(loaded)
+            found["after_with_bias_" + ("off" if self.bias else "on")] = round(measured(loaded).loss, _ROUNDED)
         return found | {"source": "measured", "text": file_digest(text)}
 
     def _other_biases(self) -> Biases | None:
@@ -283,6 +294,17 @@ class Subnet:
             quality=quality,
             blocks=self._blocks(),
         )
+
+
+def _difference(found: Comparison | None) -> dict[str, Any]:
+    """By how much the loss rises in pairs of rows, where that is known."""
+    if found is None:
+        return {}
+    return {
+        "difference": round(found.difference, _ROUNDED),
+        "difference_se": round(found.standard_error, _ROUNDED),
+        "rows": found.pairs,
+    }
 
 
 def derive_folder(

@@ -15,6 +15,7 @@ from amoeba_deploy.backends.backend import options_for
 from amoeba_deploy.checkpoint import EMBEDDED, Checkpoint
 from amoeba_deploy.evaluation import file_digest, text_loss, text_rows
 from amoeba_deploy.quality_measurement import plan_logits
+from amoeba_deploy.quality_pairs import PAIRS
 from amoeba_deploy.shape import Shape
 
 ORIN = ("--device", "orin-nx", "--flow", "onnx", "--precision", "int4", "--latency", "1.3ms")
@@ -35,6 +36,7 @@ def short(tmp_path: Path) -> tuple[Path, Path]:
         if (row["depth"], row["width"], row["precision"]) == (8, 0.87, "int4"):
             row["loss"] = 0.1
     (folder / "quality.json").write_text(json.dumps(value))
+    (folder / PAIRS).unlink()  # the rows of another text
     return folder, text
 
 

@@ -174,6 +174,15 @@ def test_an_interval_reaches_from_the_fastest_run_to_the_slowest_where_the_media
     assert found.tpot_interval == pytest.approx(interval)
 
 
+def test_no_interval_reaches_below_zero_where_runs_were_interrupted() -> None:
+    """Two of six runs took thirty times as long: half of the median's interval is more than the median itself."""
+    runs = [Run(0.1, (each, each)) for each in (0.010, 0.010, 0.011, 0.011, 0.300, 0.310)]
+    row = measured_row("onnx", "fp32", Shape(2, Fraction(1)), WORK, summary(runs, WORK), Peak(1, None), 1)
+    assert row.tpot_error is not None and row.tpot_error > 1
+    assert row.tpot_interval is not None
+    assert 0 < row.tpot_interval[0] <= 10.0
+
+
 def test_on_a_noisy_machine_no_interval_is_narrower_than_those_of_other_rows() -> None:
     """Engines that ran in turns may each have seen only a part of what the machine's speed can be."""
     half = FULL.subnet(1, 2, 32)

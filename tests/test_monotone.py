@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from amoeba_deploy.checkpoint import EMBEDDED, Checkpoint, open_checkpoint
 from amoeba_deploy.interpolation import over_shapes
 from amoeba_deploy.monotone import covers, held_out, levelled, rows_of
+from amoeba_deploy.quality_pairs import PAIRS
 from amoeba_deploy.request import Request
 from amoeba_deploy.shape import Shape
 from amoeba_deploy.space import Space
@@ -124,6 +125,7 @@ def half_measured(tmp_path: Path) -> Checkpoint:
     value = json.loads((folder / "quality.json").read_text())
     value["rows"] = [row for row in value["rows"] if row["depth"] >= 8 and row["width"] >= 0.625]
     (folder / "quality.json").write_text(json.dumps(value))
+    (folder / PAIRS).unlink()
     return open_checkpoint(folder)
 
 

@@ -41,7 +41,7 @@ TOML_FORMATS = {"amoeba.device/1"}
 # Of unfinished runs and of the cache folder, for this version alone.
 RUN_FORMATS = {
     *("amoeba.depth-table/1", "amoeba.tuning/1", "amoeba.block-rises/1"),
-    *("amoeba.build-entry/1", "amoeba.build-last/1"),
+    *("amoeba.build-entry/1", "amoeba.build-last/1", "amoeba.evaluation/1"),
 }
 # Of one engine's folder, for that engine's backend alone; its own page describes it.
 ENGINE_FORMATS = {"amoeba.openvino/1"}

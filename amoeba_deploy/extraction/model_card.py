@@ -94,6 +94,9 @@ def _quality(quality: dict[str, Any] | None) -> str:
         f"| full model | {quality['before']:.4f} |",
         f"| this subnet | {quality['after']:.4f} |",
     ]
+    if "difference" in quality:
+        of = f"{quality['difference']:+.4f} ± {quality['difference_se']:.4f} ({quality['rows']} rows of text in pairs)"
+        lines.append(f"| difference, with its standard error | {of} |")
     for setting in ("on", "off"):
         other = quality.get(f"after_with_bias_{setting}")
         if other is not None:

@@ -113,7 +113,9 @@ def _interval(value: float, error: float | None, confident: bool, percentiles: E
     low, high = percentiles
     if error is None or low is None or high is None:
         return None
-    low, high = min(low, value * (1 - error)), max(high, value * (1 + error))
+    # Runs that were far slower than their median make its interval wider than itself; no time is negative.
+    below = value * (1 - error) if error < 1 else value / (1 + error)
+    low, high = min(low, below), max(high, value * (1 + error))
     least, most = runs
     if confident or least is None or most is None:
         return low, high

@@ -1,15 +1,19 @@
 """The choice: the best of some candidates within a budget, what kept better ones out, and the front.
 
-Best is the best quality within the budget; then the lower budget metric; then fewer bytes; then greater depth. The
-front holds the candidates that no other beats in both of two quantities: the budget metric and quality unless told
-otherwise.
+Best is the best quality within the budget; then the lower budget metric; then fewer bytes; then greater depth. Equal
+in quality are shapes that cannot be told apart: in the order of their losses, those before the first one that is
+significantly worse than the first of all (``comparison.py``). As this takes the whole beginning of that order, no other
+shape is both better and cheaper than the choice. The front holds the candidates that no other beats in both of two
+quantities: the budget metric and quality unless told otherwise.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
+from amoeba_deploy.comparison import Comparison, compare
 from amoeba_deploy.errors import NoShapeFits
 from amoeba_deploy.profiles.workload import Workload
 from amoeba_deploy.search.budget import MEMORY, Budget
@@ -32,6 +36,9 @@ class SearchResult:
     binding: str | None
     """The limits that kept a better shape out, such as ``latency and memory``; None where the best of all fits."""
     axes: Axes
+    equals: tuple[Candidate, ...] = ()
+    """Those within the budget that cannot be told apart from the best in quality, the lowest loss first; the choice is
+    not among them."""
 
     @property
     def considered(self) -> int:
@@ -75,14 +82,56 @@ def search(found: Sequence[Candidate], budget: Budget, workload: Workload, axes:
     ranked = sorted(fitting, key=lambda candidate: preference(candidate, budget, tokens))
     if not ranked:
         raise NoShapeFits(_closest(found, budget, tokens))
-    best, chosen = ranked[0], axes or (budget.metric, "loss")
-    better = {name for c, over in zip(found, exceeded, strict=True) if c.badness < best.badness for name in over}
+    chosen, first = axes or (budget.metric, "loss"), ranked[0]
+    equals = alike(ranked)
+    # Stable: of equals with the same metric the one with the lower loss stays ahead.
+    ranked = sorted(equals, key=lambda c: preference(c, budget, tokens)[1]) + ranked[len(equals) :]
+    best = ranked[0]
+    better = {
+        name
+        for candidate, over in zip(found, exceeded, strict=True)
+        if candidate.badness < first.badness and not _same(candidate, best)
+        for name in over
+    }
     # A limit on an axis binds nothing there; the device's memory is no choice.
     free = {limit.name for limit in budget.limits if limit.quantity.name in chosen} - {MEMORY}
     standing = [c for c, over in zip(found, exceeded, strict=True) if free.issuperset(over)]
     front = pareto_front(standing, chosen[0], tokens, chosen[1])
     binding = " and ".join(sorted(better)) or None
-    return SearchResult(best, tuple(ranked), tuple(front), tuple(found), binding, chosen)
+    others = tuple(candidate for candidate in equals if candidate is not best)
+    return SearchResult(best, tuple(ranked), tuple(front), tuple(found), binding, chosen, others)
+
+
+def alike(ranked: Sequence[Candidate]) -> list[Candidate]:
+    """The beginning of an order by quality that cannot be told apart from its first: it alone where nobody measured."""
+    first = ranked[0]
+    if first.quality.losses is None:
+        return [first]
+    worse = (_apart(first, candidate) for candidate in ranked[1:])
+    count = sum(1 for _ in takewhile(lambda apart: not apart, worse))
+    found = list(ranked[: 1 + count])
+    # Interpolated shapes count as equal only up to the last one that was measured and is.
+    while found[-1].quality.losses is None:
+        found.pop()
+    return found
+
+
+def comparison(first: Candidate, second: Candidate) -> Comparison | None:
+    """The losses of two candidates in pairs, where both were measured on the same rows."""
+    return compare(first.quality.losses, second.quality.losses)
+
+
+def _apart(first: Candidate, second: Candidate) -> bool:
+    """Whether the second is known to be significantly worse; what was measured on other rows counts as told apart."""
+    found = comparison(first, second)
+    if found is None:
+        return second.quality.losses is not None
+    return found.significant
+
+
+def _same(first: Candidate, second: Candidate) -> bool:
+    found = comparison(first, second)
+    return found is not None and not found.significant
 
 
 def _closest(found: Sequence[Candidate], budget: Budget, tokens: int) -> str:
