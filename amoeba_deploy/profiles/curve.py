@@ -225,6 +225,13 @@ class Curve:
         return _held_out(self._residuals) if self._residuals else None
 
     @cached_property
+    def left_out(self) -> tuple[tuple[Architecture, float, float], ...]:
+        """Of every measured subnet its value, and what the others predict of it; none where they are too few."""
+        residuals = self._residuals or [0.0] * len(self._points)
+        found = tuple((s, v, v * math.exp(r)) for (s, v), r in zip(self._points, residuals, strict=True))
+        return found if self._residuals else ()
+
+    @cached_property
     def _half(self) -> float | None:
         """Half the interval's width in the logarithm."""
         if not self._residuals:
