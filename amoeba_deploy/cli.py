@@ -20,6 +20,7 @@ from amoeba_deploy.commands.devices import devices
 from amoeba_deploy.commands.doctor import doctor
 from amoeba_deploy.commands.export import export
 from amoeba_deploy.commands.profile import profile
+from amoeba_deploy.commands.report import report
 from amoeba_deploy.commands.search import search
 from amoeba_deploy.commands.select import select
 from amoeba_deploy.commands.subnets import evaluate, extract, run
@@ -112,7 +113,7 @@ def _interrupt(_number: int, _frame: FrameType | None) -> None:
 
 for command in (
     *(select, tune, checkpoint, extract, evaluate, run, devices, profile, search, export, bundle, init, build, cache),
-    *(doctor, completion),
+    *(report, doctor, completion),
 ):
     main.add_command(command)
 complete_values(main)

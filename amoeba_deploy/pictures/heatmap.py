@@ -1,4 +1,7 @@
-"""Heatmaps: latency over depth and width, each shape a cell, with a dot in those that were measured."""
+"""Heatmaps: a figure over depth and width, each shape a cell that shows by a mark where the figure is from.
+
+A dot stands in what was measured, a cross in what was estimated, nothing in what lies between measurements.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from fractions import Fraction
 from typing import Any, TypeVar
 
 from amoeba_deploy.pictures.section import (
+    CROSS,
     METRIC_TITLES,
     PLOT_WIDTH,
     Panel,
@@ -86,57 +90,83 @@ def heatmap_section(metric: Metric, heatmaps: Sequence[Heatmap]) -> Section:
     title = METRIC_TITLES[metric]
     caption = (
         f"The {title.removesuffix(' (ms)')} in milliseconds of each shape; darker is slower. "
-        f"Shapes with a dot were measured, the others are interpolated or estimated."
+        f"Shapes with a dot were measured, those with a cross estimated, the others interpolated between measurements."
     )
     panels = tuple(_panel(alt, each, title) for each in heatmaps if each.cells)
     return Section(title[0].upper() + title[1:].removesuffix(" (ms)") + ", by depth and width", caption, panels)
 
 
 def _panel(alt: Any, heatmap: Heatmap, title: str) -> Panel:
-    depths = sorted({cell.shape.depth for cell in heatmap.cells}, reverse=True)
-    widths = [_share(width) for width in sorted({cell.shape.width for cell in heatmap.cells}, reverse=True)]
+    widths = {cell.shape.width for cell in heatmap.cells}
     times = [cell.ms for cell in heatmap.cells]
     rows = [_row(cell) | {"dark": cell.ms > (min(times) + max(times)) / 2} for cell in heatmap.cells]
-    base = alt.Chart(alt.Data(values=rows)).encode(
-        x=alt.X("width:O", title="width kept (share)", sort=widths, axis=alt.Axis(labelAngle=0, grid=False)),
-        y=alt.Y("depth:O", title="depth (blocks)", sort=depths, axis=alt.Axis(grid=False)),
-        tooltip=[
-            alt.Tooltip("shape:N", title="shape"),
-            alt.Tooltip("ms:Q", title="ms", format=".4~g"),
-            alt.Tooltip("source:N", title="latency"),
-            *([alt.Tooltip("range:N", title="expected (ms)")] if any("range" in row for row in rows) else []),
-        ],
-    )
-    colour = alt.Color(
-        "ms:Q",
-        title=title,
-        scale=alt.Scale(scheme="viridis", reverse=True, zero=False, nice=False),
-        legend=alt.Legend(gradientLength=180, gradientThickness=10, tickCount=4, format="~r"),
-    )
-    on_cell = alt.condition("datum.dark", alt.value("#ffffff"), alt.value("#101010"))
-    room = f"{PLOT_WIDTH} / {len(widths)} >= {NUMBER_WIDTH}"
-    numbers = base.mark_text(baseline="middle", fontSize=10, opacity=alt.ExprRef(f"{room} ? 1 : 0"))
-    dots = base.transform_filter("datum.source === 'measured'").mark_point(
-        shape="circle",
-        filled=True,
-        size=14,
-        xOffset=alt.ExprRef(f"{room} ? -({PLOT_WIDTH} / {len(widths)}) / 2 + 6 : 0"),
-        yOffset=alt.ExprRef(f"{room} ? {6 - CELL_HEIGHT / 2:g} : 0"),
-    )
-    chart = alt.layer(
-        base.mark_rect().encode(color=colour),
-        numbers.encode(text="label:N", color=on_cell),
-        dots.encode(color=on_cell),
-    ).properties(height=CELL_HEIGHT * len(depths))
-    return panel(series_name(heatmap.flow, heatmap.precision), chart)
+    tooltip = [
+        alt.Tooltip("shape:N", title="shape"),
+        alt.Tooltip("value:Q", title="ms", format=".4~g"),
+        alt.Tooltip("source:N", title="latency"),
+        *([alt.Tooltip("range:N", title="expected (ms)")] if any("range" in row for row in rows) else []),
+    ]
+    drawn = Cells(rows, tuple(sorted(widths, reverse=True)), title, "~r", NUMBER_WIDTH)
+    return panel(series_name(heatmap.flow, heatmap.precision), drawn.chart(alt, tooltip))
+
+
+@dataclass(frozen=True)
+class Cells:
+    """What every heatmap draws: rows with ``depth``, ``width``, ``value``, its ``label``, its ``source`` and ``dark``
+    where the colour under it is."""
+
+    rows: Sequence[dict[str, Any]]
+    widths: Sequence[Fraction]
+    """Widest first."""
+    title: str
+    format: str
+    """Of the numbers in the key to the colours."""
+    number_width: int
+    """Pixels that a cell needs to hold its number."""
+
+    def chart(self, alt: Any, tooltip: Sequence[Any]) -> Any:
+        """A chart whose darkest cells have the highest values."""
+        depths = sorted({row["depth"] for row in self.rows}, reverse=True)
+        widths = list(dict.fromkeys(share(width) for width in self.widths))
+        base = alt.Chart(alt.Data(values=list(self.rows))).encode(
+            x=alt.X("width:O", title="width kept (share)", sort=widths, axis=alt.Axis(labelAngle=0, grid=False)),
+            y=alt.Y("depth:O", title="depth (blocks)", sort=depths, axis=alt.Axis(grid=False)),
+            tooltip=list(tooltip),
+        )
+        colour = alt.Color(
+            "value:Q",
+            title=self.title,
+            scale=alt.Scale(scheme="viridis", reverse=True, zero=False, nice=False),
+            legend=alt.Legend(gradientLength=180, gradientThickness=10, tickCount=4, format=self.format),
+        )
+        on_cell = alt.condition("datum.dark", alt.value("#ffffff"), alt.value("#101010"))
+        column = f"{PLOT_WIDTH} / {len(widths)}"
+        room = f"{column} >= {self.number_width}"
+        numbers = base.mark_text(baseline="middle", fontSize=10, opacity=alt.ExprRef(f"{room} ? 1 : 0"))
+        marks = [
+            base.transform_filter(f"datum.source === '{source}'").mark_point(
+                shape=shape,
+                filled=True,
+                size=size,
+                xOffset=alt.ExprRef(f"{room} ? -({column}) / 2 + 6 : 0"),
+                yOffset=alt.ExprRef(f"{room} ? {6 - CELL_HEIGHT / 2:g} : 0"),
+            )
+            for source, shape, size in (("measured", "circle", 14), ("estimated", CROSS, 22))
+            if any(row["source"] == source for row in self.rows)
+        ]
+        return alt.layer(
+            base.mark_rect().encode(color=colour),
+            numbers.encode(text="label:N", color=on_cell),
+            *(mark.encode(color=on_cell) for mark in marks),
+        ).properties(height=CELL_HEIGHT * len(depths))
 
 
 def _row(cell: Cell) -> dict[str, Any]:
     row = {
         "shape": str(cell.shape),
         "depth": cell.shape.depth,
-        "width": _share(cell.shape.width),
-        "ms": significant(cell.ms),
+        "width": share(cell.shape.width),
+        "value": significant(cell.ms),
         "label": _short(cell.ms),
         "source": cell.source,
     }
@@ -145,7 +175,7 @@ def _row(cell: Cell) -> dict[str, Any]:
     return row
 
 
-def _share(width: Fraction) -> str:
+def share(width: Fraction) -> str:
     """A width as axes show it: exact names such as 43/86 take too much room."""
     return f"{float(width):.4g}"
 

@@ -65,7 +65,7 @@ def page_html(title: str, sections: Sequence[Section]) -> str:
         panels = []
         for each in section.panels:
             panels.append(_figure(len(specs), each.title))
-            specs.append(_page_spec(each.spec, f"{section.heading}, {each.title}"))
+            specs.append(page_spec(each.spec, f"{section.heading}, {each.title}"))
         heading, caption = html.escape(section.heading), html.escape(section.caption)
         body.append(
             f"<section>\n<h2>{heading}</h2>\n<p>{caption}</p>\n<div class=panels>\n{''.join(panels)}</div>\n</section>"
@@ -73,11 +73,11 @@ def page_html(title: str, sections: Sequence[Section]) -> str:
     return Template(_resource("page.html")).substitute(
         title=html.escape(title),
         body="\n".join(body),
-        library=_library(),
+        library=library(),
         drawing=_resource("page.js"),
-        specs=_script_json(specs),
-        wide=_script_json(config("var(--ink)", "var(--paper)")),
-        narrow=_script_json(config("var(--ink)", "var(--paper)", narrow=True)),
+        specs=script_json(specs),
+        wide=script_json(config("var(--ink)", "var(--paper)")),
+        narrow=script_json(config("var(--ink)", "var(--paper)", narrow=True)),
     )
 
 
@@ -85,7 +85,8 @@ def _figure(number: int, title: str) -> str:
     return f'<figure>\n<figcaption>{html.escape(title)}</figcaption>\n<div id="chart{number}"></div>\n</figure>\n'
 
 
-def _page_spec(spec: Any, description: str) -> Spec:
+def page_spec(spec: Any, description: str) -> Spec:
+    """A panel's specification as a page draws it: as wide as the page allows, and described to who cannot see it."""
     # The plot's width is the page's to give; ``width`` is Vega's own name for what came of it.
     return {
         **spec,
@@ -96,7 +97,7 @@ def _page_spec(spec: Any, description: str) -> Spec:
     }
 
 
-def _script_json(value: Any) -> str:
+def script_json(value: Any) -> str:
     """JSON that stands in a script element: no text of the data can end it."""
     text = json.dumps(value, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
@@ -123,7 +124,7 @@ def _version() -> str:
 
 
 @cache
-def _library() -> str:
+def library() -> str:
     """Vega, Vega-Lite and Vega-Embed as one script that loads nothing."""
     load_altair()
     import vl_convert

@@ -71,12 +71,13 @@ def series_colour(alt: Any, names: Sequence[str]) -> dict[str, Any]:
 
 
 _RING = "M-1,0A1,1,0,1,1,1,0A1,1,0,1,1,-1,0ZM-.6,0A.6,.6,0,1,0,.6,0A.6,.6,0,1,0,-.6,0Z"
-_CROSS = "M-1,-.7L-.7,-1L0,-.3L.7,-1L1,-.7L.3,0L1,.7L.7,1L0,.3L-.7,1L-1,.7L-.3,0Z"
+CROSS = "M-1,-.7L-.7,-1L0,-.3L.7,-1L1,-.7L.3,0L1,.7L.7,1L0,.3L-.7,1L-1,.7L-.3,0Z"
+"""The outline of what stands for an estimate."""
 
 
 def source_shape(alt: Any) -> Any:
     """Where a latency is from: a disc where measured, a ring where interpolated, a cross where estimated."""
-    scale = alt.Scale(domain=list(SOURCES), range=["circle", _RING, _CROSS])
+    scale = alt.Scale(domain=list(SOURCES), range=["circle", _RING, CROSS])
     return alt.Shape("source:N", title="latency", scale=scale, legend=alt.Legend(symbolOpacity=1, symbolSize=60))
 
 
