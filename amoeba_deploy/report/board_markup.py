@@ -24,8 +24,8 @@ from amoeba_deploy.report.wording import (
     reason,
 )
 
-Keep = Mapping[tuple[str, str], int]
-"""For a flow and precision the number of what its shapes keep."""
+Keep = Mapping[str, int]
+"""For a flow with its precision the number of what its shapes keep."""
 _NAME = "Budget: {metric} at most"
 
 
@@ -98,7 +98,9 @@ def choices_table(report: Report, case: Case) -> str:
     metric, first = case.request.budget.metric.upper(), case.found[0]
     head = [f"{metric} from ms", "shape", "engine", "TPOT ms", "TTFT ms", "latency", "memory", "size"]
     rows = []
-    for step in case.steps:
+    for before, step in zip((None, *case.steps), case.steps, strict=False):
+        if before is not None and before.best is step.best:
+            continue
         best, prediction = step.best, step.best.prediction
         figures = [f"{prediction.tpot_ms:.3f}", f"{prediction.ttft_ms:.2f}", prediction.source]
         sizes = [amount(prediction.memory_bytes), amount(best.artifact_bytes)]
@@ -134,7 +136,7 @@ def shapes_table(board: Board) -> str:
                     candidate.quality.source,
                 ]
             )
-    caption = f"All shapes on {board.device}"
+    caption = f"All shapes on {board.device} in {engines(board.widest)}"
     metric = board.widest.request.budget.metric.upper()
     head = ["shape", "engine", "TPOT", "TTFT", "latency", f"{metric} of the whole model's", "memory", "size"]
     head += [quality_name(board.widest.found[0]), "quality"]
@@ -163,7 +165,7 @@ def _case_json(report: Report, case: Case, keep: Keep) -> dict[str, Any]:
             "why": reason(case, step),
             "x": significant(case.latency(step.best)),
             "y": significant(step.best.quality.value, 6),
-            "kept": keep[step.best.flow, step.best.precision],
+            "kept": keep[f"{step.best.flow} {step.best.precision}"],
         }
         for step in case.steps
     ]

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from amoeba_deploy.pictures.page import page_spec
 from amoeba_deploy.pictures.section import Panel, Section, Spec
+
+LONG = 40
+"""Characters from which on a cell's text is broken into lines."""
 
 
 def escaped(text: object) -> str:
@@ -32,17 +36,21 @@ def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]], left
 
     ``left`` columns hold text, those after them numbers.
     """
-    columns = "".join(f'<th scope="col">{escaped(name)}</th>' for name in head)
+    columns = "".join(f'<th scope="col"{_kind(name, at >= left)}>{escaped(name)}</th>' for at, name in enumerate(head))
     body = []
-    for row in rows:
-        first, *others = (escaped(cell) for cell in row)
-        cells = "".join(f"<td{'' if place < left else ' class=n'}>{cell}</td>" for place, cell in enumerate(others, 1))
-        body.append(f'<tr><th scope="row">{first}</th>{cells}</tr>\n')
+    for first, *others in rows:
+        cells = "".join(f"<td{_kind(cell, at >= left)}>{escaped(cell)}</td>" for at, cell in enumerate(others, 1))
+        body.append(f'<tr><th scope="row">{escaped(first)}</th>{cells}</tr>\n')
     return (
         f'<div class="scroll" role="region" tabindex="0" aria-label="{escaped(caption)}">\n<table>\n'
         f"<caption>{escaped(caption)}</caption>\n<thead><tr>{columns}</tr></thead>\n<tbody>\n{''.join(body)}</tbody>\n"
         f"</table>\n</div>\n"
     )
+
+
+def _kind(text: str, number: bool) -> str:
+    """The class of a cell: numbers stand at the right, long texts may be broken."""
+    return ' class="n"' if number else ' class="long"' if len(text) > LONG else ""
 
 
 def folded(summary: str, content: str) -> str:
@@ -58,22 +66,39 @@ def section(name: str, heading: str, content: str) -> str:
     )
 
 
+def _coloured(spec: Any, engines: Sequence[str]) -> Any:
+    """A specification whose engines have the colours that they have among ``engines``; its key names its own alone."""
+    if isinstance(spec, Sequence) and not isinstance(spec, str):
+        return [_coloured(part, engines) for part in spec]
+    if not isinstance(spec, Mapping):
+        return spec
+    if spec.get("field") != "engine" or "scale" not in spec:
+        return {key: _coloured(part, engines) for key, part in spec.items()}
+    own = spec["scale"]["domain"]
+    domain = [*engines, *(name for name in own if name not in engines)]
+    return {**spec, "scale": {"domain": domain}, "legend": {**spec["legend"], "values": own}}
+
+
 @dataclass
 class Charts:
-    """The specifications of all charts of a page, in the order of their numbers."""
+    """The specifications of all charts of a page, in the order of their numbers.
 
+    ``engines`` are all flows with their precisions: each has one colour on the whole page.
+    """
+
+    engines: Sequence[str] = ()
     specs: list[Spec] = field(default_factory=list)
 
     def plot(self, panel: Panel, description: str) -> str:
         """The element that the page draws a chart into."""
-        self.specs.append(page_spec(panel.spec, description))
+        self.specs.append(page_spec(_coloured(panel.spec, self.engines), description))
         return f'<div class="plot" id="chart{len(self.specs) - 1}"></div>\n'
 
-    def figures(self, drawn: Section, prefix: str = "") -> str:
-        """All charts of a section, side by side where there is room."""
+    def figures(self, drawn: Section, device: str = "") -> str:
+        """All charts of a section, side by side where there is room; titles begin with the device's name."""
         found = []
         for panel in drawn.panels:
-            title = f"{prefix}{panel.title}"
+            title = f"{device}: {panel.title}" if device else panel.title
             plot = self.plot(panel, f"{drawn.heading}, {title}")
             found.append(f"<figure>\n<figcaption>{escaped(title)}</figcaption>\n{plot}</figure>\n")
         return f'<div class="panels">\n{"".join(found)}</div>\n'

@@ -41,6 +41,16 @@ function fill(list, pairs) {
   }
 }
 
+// A command breaks between its words alone; its text stays what is copied.
+function setWords(element, text) {
+  const parts = text.split(" ").map((word) => {
+    const part = document.createElement("span");
+    part.textContent = word;
+    return part;
+  });
+  element.replaceChildren(...parts.flatMap((part, number) => (number ? [" ", part] : [part])));
+}
+
 class Board {
   constructor(element) {
     const find = (name) => element.querySelector(name);
@@ -116,8 +126,10 @@ class Board {
 
   // Arrows go from one choice to the next, whatever the distance between them.
   pressed(event) {
-    const at = this.reached(Number(this.budget));
-    const last = this.steps.length - 1;
+    const same = (one, other) => one && one.shape === other.shape && one.engine === other.engine;
+    const starts = this.steps.filter((step, number) => !same(this.steps[number - 1], step));
+    const at = starts.findLastIndex((step) => step.ms <= Number(this.budget));
+    const last = starts.length - 1;
     const moves = { ArrowRight: 1, ArrowUp: 1, ArrowLeft: -1, ArrowDown: -1, PageUp: 5, PageDown: -5 };
     let next = null;
     if (event.key in moves) next = Math.min(Math.max(at + moves[event.key], 0), last);
@@ -125,7 +137,7 @@ class Board {
     else if (event.key === "End") next = last;
     if (next === null || event.ctrlKey || event.metaKey || event.altKey) return;
     event.preventDefault();
-    this.set(this.steps[next].budget);
+    this.set(starts[next].budget);
   }
 
   dragged(clientX) {
@@ -151,7 +163,7 @@ class Board {
     fill(this.list, fits ? this.step.facts : []);
     this.parts.why.textContent = fits ? this.step.why : `From ${this.step.budget} ms on one fits.`;
     this.parts.build.hidden = !fits;
-    this.parts.command.textContent = fits ? `${this.case.command}${this.budget}ms` : "";
+    setWords(this.parts.command, fits ? `${this.case.command}${this.budget}ms` : "");
     this.parts.copied.textContent = "";
     this.fits = fits;
     const told = fits ? `${this.step.shape} in ${this.step.engine}` : "no shape fits";
@@ -225,8 +237,9 @@ function svgElement(name, attributes, text) {
 function drawKept() {
   const kept = keptOf();
   const blocks = new Map(kept.shapes[keptShape.value]);
-  const [row, left, gap, strip] = [16, 62, 12, 420];
-  const square = Math.min(12, 320 / kept.heads);
+  const narrow = small.matches && !print.matches;
+  const [row, left, gap, strip] = narrow ? [18, 56, 8, 150] : [16, 62, 12, 420];
+  const square = Math.min(12, (narrow ? 130 : 320) / kept.heads);
   const start = left + kept.heads * square + gap;
   const height = row * kept.blocks + 4;
   const said = describe(kept, blocks);
@@ -304,5 +317,9 @@ const boards = [...document.querySelectorAll(".board")].map((element) => new Boa
 if (keptEngine) keptEngine.addEventListener("change", listShapes);
 keptShape.addEventListener("change", drawKept);
 listShapes();
+keptShape.value = boards[0].step.shape;
+drawKept();
+document.querySelectorAll("details .command").forEach((each) => setWords(each, each.textContent));
 small.addEventListener("change", draw);
+small.addEventListener("change", drawKept);
 draw();

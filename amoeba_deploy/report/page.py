@@ -12,7 +12,7 @@ from amoeba_deploy.files import check_new_file, whole_file
 from amoeba_deploy.pictures.page import library, script_json
 from amoeba_deploy.pictures.section import load_altair
 from amoeba_deploy.pictures.theme import config
-from amoeba_deploy.report.board_markup import board_json, board_markup
+from amoeba_deploy.report.board_markup import board_json, board_markup, engines
 from amoeba_deploy.report.document import Report
 from amoeba_deploy.report.kept_markup import kept_markup
 from amoeba_deploy.report.markup import Charts, escaped, paragraph, remarks_list, section
@@ -45,7 +45,7 @@ def write_page(file: Path, report: Report, force: bool) -> int:
 
 def page_html(report: Report) -> str:
     """The page's text."""
-    charts = Charts()
+    charts = Charts(list(dict.fromkeys(engines(case) for case in report.singles)))
     boards, body = _boards(report, charts)
     body += latency_section(report, charts) + curves_sections(report, charts) + kept_markup(report)
     body += quality_markup(report, charts) + prediction_markup(report, charts) + bundles_markup(report)
@@ -69,7 +69,7 @@ def page_html(report: Report) -> str:
 
 def _boards(report: Report, charts: Charts) -> tuple[list[dict[str, Any]], str]:
     """What scripts read of all boards, and the section that holds them."""
-    keep = {tuple(name.split(" ", 1)): number for number, kept in enumerate(report.kept) for name in kept.engines}
+    keep = {name: number for number, kept in enumerate(report.kept) for name in kept.engines}
     said = (
         "Drag a line, or type a budget: what the search chooses within it is named beside the picture, with the "
         "command that builds it. Filled circles were measured, hollow ones interpolated between measurements, crosses "
@@ -82,7 +82,7 @@ def _boards(report: Report, charts: Charts) -> tuple[list[dict[str, Any]], str]:
         for board in device.boards:
             number, chart = len(found), len(charts.specs)
             markup += board_markup(report, board, number, charts)
-            found.append(board_json(report, board, chart, keep))  # type: ignore[arg-type]
+            found.append(board_json(report, board, chart, keep))
         markup += remarks_list(device.remarks)
     return found, section("budget", "Quality within a budget", markup)
 

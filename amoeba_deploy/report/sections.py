@@ -42,7 +42,7 @@ def latency_section(report: Report, charts: Charts) -> str:
     for device, cases in _by_device(report):
         found = heatmap_section(report.request.budget.metric, [_heatmap(case) for case in cases])
         caption = found.caption
-        drawn.append(charts.figures(found, f"{device}, "))
+        drawn.append(charts.figures(found, device))
     said = f"{caption} The tables of all shapes above have the same figures."
     return section("latency", "Latency by depth and width", paragraph(said) + "".join(drawn))
 
@@ -83,8 +83,8 @@ def curves_sections(report: Report, charts: Charts) -> str:
             continue
         points = [point for case in cases for point in _size_points(case)]
         own = curves_section(report.request.budget.metric, curves)
-        panels = (equal_size_panel("at equal size", latency, points), *own.panels)
-        drawn.append(charts.figures(Section(own.heading, own.caption, panels), f"{device}, "))
+        panels = (equal_size_panel("At equal size", latency, points), *own.panels)
+        drawn.append(charts.figures(Section(own.heading, own.caption, panels), device))
         caption = own.caption
     if not drawn:
         return ""
@@ -150,8 +150,8 @@ def prediction_markup(report: Report, charts: Charts) -> str:
     for device, _ in _by_device(report):
         for metric in ("TPOT", "TTFT"):
             own = [one for one in report.predictions if (one.device, one.metric) == (device, metric)]
-            panels.append((f"{device}, {metric}", [pair for one in own for pair in _pairs(one)]))
-    panels.append(("bundles, TPOT", [pair for built in report.bundles for pair in _built_pairs(built)]))
+            panels.append((f"{device}: {metric}", [pair for one in own for pair in _pairs(one)]))
+    panels.append(("Bundles: TPOT", [pair for built in report.bundles for pair in _built_pairs(built)]))
     caption = (
         "Each measured shape is predicted from the others, as if it had not been measured. On the dashed line "
         "prediction and measurement are equal."

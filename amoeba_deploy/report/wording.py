@@ -50,7 +50,7 @@ def facts(case: Case, candidate: Candidate) -> list[tuple[str, str]]:
         ("latency is", prediction.source),
         ("memory", amount(prediction.memory_bytes)),
         ("size", amount(candidate.artifact_bytes)),
-        (quality_name(candidate), f"{quality_text(candidate)} ({candidate.quality.source})"),
+        (quality_name(candidate), f"{quality_text(candidate)}, {candidate.quality.source}"),
     ]
 
 
