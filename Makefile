@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export AMOEBA_CACHE ?= $(CURDIR)/$(VENV)/cache
 
-.PHONY: demo test test-slow test-device delivery lint bench clean
+.PHONY: demo test test-slow test-device delivery docs lint bench clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -31,6 +31,10 @@ test-device: $(VENV)/installed
 delivery: $(VENV)/installed
 	@sh tools/install_test_servers
 	@sh tools/delivery.sh $(CURDIR)/$(BIN)
+
+docs: $(VENV)/installed
+	$(BIN)/python -m sphinx -W --keep-going -q -b html -d build/doctrees docs build/site
+	@echo build/site/index.html
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

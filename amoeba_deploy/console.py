@@ -29,7 +29,11 @@ def columns(rows: Sequence[Sequence[str]], head: Sequence[str]) -> None:
 
 
 def amount(count: float) -> str:
-    """Bytes in MB or GB, decimal."""
+    """Bytes in MB or GB, decimal.
+
+    >>> amount(4.6e6), amount(2.5e9)
+    ('4.6 MB', '2.50 GB')
+    """
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 

@@ -15,7 +15,7 @@ from amoeba_deploy.backends import flow_names, load_backend
 DISTRIBUTION = "amoeba-deploy"
 _PACKAGE = re.compile(r"\s*([A-Za-z0-9][A-Za-z0-9._-]*)\s*(?:\[([^\]]*)\])?")
 _EXTRA = re.compile(r"\bextra\s*==\s*['\"]([^'\"]+)")
-_OF_DEVELOPERS = ("test", "lint")
+_OF_DEVELOPERS = ("test", "lint", "docs")
 _PLATFORM = re.compile(r"\bsys_platform\s*==\s*['\"]([^'\"]+)")
 
 

@@ -25,6 +25,9 @@ def kept_units(units: int, ratio: Fraction, multiple: int = 1) -> int:
 
     floor(ratio * units / multiple + 1/2) * multiple in exact arithmetic, clamped to [multiple, units]; all units at
     width 1 and where there are fewer than ``multiple``.
+
+    >>> kept_units(11008, Fraction(3, 4), 32), kept_units(20, Fraction(1, 2), 32)
+    (8256, 20)
     """
     if ratio == 1 or units < multiple:
         return units
@@ -33,12 +36,20 @@ def kept_units(units: int, ratio: Fraction, multiple: int = 1) -> int:
 
 
 def nearest_count(counts: Sequence[int], units: int, ratio: Fraction) -> int:
-    """The legal number of units nearest to a ratio of ``units``; of two as near the larger. All counts are legal."""
+    """The legal number of units nearest to a ratio of ``units``; of two as near the larger. All counts are legal.
+
+    >>> nearest_count((1, 2, 3, 4), 4, Fraction(5, 8))
+    3
+    """
     return min(counts, key=lambda count: (abs(count - ratio * units), -count))
 
 
 def parse_width(text: str) -> Fraction:
-    """The exact ratio written as a decimal or a fraction; it must lie in (0, 1]."""
+    """The exact ratio written as a decimal or a fraction; it must lie in (0, 1].
+
+    >>> parse_width("0.75"), parse_width("2/3")
+    (Fraction(3, 4), Fraction(2, 3))
+    """
     try:
         if _WIDTH.fullmatch(text.strip()) is None:  # Fraction itself would work for hours on an exponent
             raise ValueError
@@ -51,7 +62,11 @@ def parse_width(text: str) -> Fraction:
 
 
 def format_width(ratio: Fraction) -> str:
-    """The shortest exact spelling: a decimal where one exists (``0.75``), else a fraction (``2/3``)."""
+    """The shortest exact spelling: a decimal where one exists (``0.75``), else a fraction (``2/3``).
+
+    >>> format_width(Fraction(3, 4)), format_width(Fraction(2, 3))
+    ('0.75', '2/3')
+    """
     rest = ratio.denominator
     for prime in (2, 5):
         while rest % prime == 0:
@@ -93,6 +108,10 @@ class Shape:
     @classmethod
     def parse(cls, text: str, policy: Policy = "uniform") -> Shape:
         """Read ``DEPTHxWIDTH``, such as ``24x0.75``.
+
+        >>> shape = Shape.parse("24x0.75")
+        >>> shape.depth, shape.width, str(shape)
+        (24, Fraction(3, 4), '24x0.75')
 
         Raises:
             BadInput: the text is not of that form, or depth or width is out of range.

@@ -45,7 +45,11 @@ def relative_error(values: Sequence[float]) -> float:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The value below which a share of them lies, linear between neighbours."""
+    """The value below which a share of them lies, linear between neighbours.
+
+    >>> percentile([1.0, 2.0, 4.0], 0.75)
+    3.0
+    """
     ordered = sorted(values)
     position = share * (len(ordered) - 1)
     index = min(int(position), len(ordered) - 2) if len(ordered) > 1 else 0

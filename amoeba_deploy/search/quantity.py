@@ -28,7 +28,11 @@ class Quantity:
 
 
 def three_digits(value: float) -> str:
-    """Three digits, or all before the point."""
+    """Three digits, or all before the point.
+
+    >>> three_digits(1.48853), three_digits(1234.5)
+    ('1.49', '1234')
+    """
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
 
 

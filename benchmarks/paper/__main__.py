@@ -62,7 +62,8 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--data", type=Path, help="Folder of files that stand in for the tasks' data.")
     parser.add_argument("--limit", type=int, help="The first so many questions of each task.")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--first-seed", type=int, default=0, help="Several commands may share the work of one table.")
+    parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--lr", type=float, default=4e-3)
@@ -97,7 +98,7 @@ def runs_of(asked: argparse.Namespace, data: Data) -> Runs:
         warmup=asked.steps // 15,
         rank=asked.rank,
         widths=tuple(Fraction(n, 8) for n in (8, 7, 6, 5, 4)),
-        mixed_precision="bf16",
+        mixed_precision="no" if asked.device == "cpu" else "bf16",
     )
     folder = asked.work or cache_folder() / "paper"
     say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
@@ -119,7 +120,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="amoeba-paper-") as work:
         data = data_of(asked, parser, Path(work))
         runs = runs_of(asked, data)
-        found = table_1(runs, range(asked.seeds))
+        found = table_1(runs, range(asked.first_seed, asked.first_seed + asked.seeds))
         depth = runs.model.architecture.depth
         if asked.figure == 3:
             figures.print_figure_3(found, depth, asked.device)

@@ -46,8 +46,8 @@ class Runs:
 
     @property
     def steps(self) -> Steps:
-        """Units in the finest steps, so that ratios are met."""
-        return Steps.of(self.model.architecture, 1)
+        """The numbers of units that subnets keep: neurons in the multiples that engines take."""
+        return Steps.of(self.model.architecture)
 
     def selection(self, method: Method, seed: int) -> Selection:
         """What a method selects on a seed's calibration text; methods that select alike share it."""
