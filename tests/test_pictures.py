@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import struct
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import browser_page, needs_chromium
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -33,7 +33,6 @@ from amoeba_deploy.shape import Shape
 pytest.importorskip("altair", reason="the extra 'plot' is not installed")
 pytest.importorskip("vl_convert", reason="the extra 'plot' is not installed")
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 TOKENS = 32
 BUDGET = Budget("tpot", 6.5, None)
 
@@ -374,20 +373,17 @@ def test_pictures_cost_nothing_until_they_are_drawn() -> None:
 # A browser
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium is at hand")
+@needs_chromium
 @pytest.mark.parametrize("width", [390, 1300])
 def test_a_browser_draws_every_chart_without_a_complaint(tmp_path: Path, page: str, width: int) -> None:
     file = tmp_path / "page.html"
     file.write_text(page, encoding="utf-8")
-    command = [
-        str(CHROMIUM), "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-        f"--user-data-dir={tmp_path / 'profile'}", "--host-resolver-rules=MAP * ~NOTFOUND",
-        f"--window-size={width},900", "--virtual-time-budget=20000", "--enable-logging=stderr",
-        "--dump-dom", file.as_uri(),
-    ]  # fmt: skip
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
-    charts = done.stdout.split("<figure>")[1:]
+    with browser_page(tmp_path / "profile") as opened:
+        opened.size(width, 900)
+        opened.open(file)
+        opened.until("[...document.querySelectorAll('figure > div')].every((chart) => chart.querySelector('svg'))")
+        charts = opened.evaluate("[...document.querySelectorAll('figure')].map((figure) => figure.textContent)")
+        assert opened.complaints == []
+        assert opened.requests == [file.as_uri()]
     assert len(charts) == sum(len(section.panels) for section in sections()) == 9
-    assert all("<svg" in chart for chart in charts)
     assert "budget 6.5 ms" in charts[0]

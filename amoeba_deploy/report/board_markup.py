@@ -98,9 +98,7 @@ def choices_table(report: Report, case: Case) -> str:
     metric, first = case.request.budget.metric.upper(), case.found[0]
     head = [f"{metric} from ms", "shape", "engine", "TPOT ms", "TTFT ms", "latency", "memory", "size"]
     rows = []
-    for before, step in zip((None, *case.steps), case.steps, strict=False):
-        if before is not None and before.best is step.best:
-            continue
+    for step in case.choices:
         best, prediction = step.best, step.best.prediction
         figures = [f"{prediction.tpot_ms:.3f}", f"{prediction.ttft_ms:.2f}", prediction.source]
         sizes = [amount(prediction.memory_bytes), amount(best.artifact_bytes)]

@@ -93,6 +93,12 @@ class Case:
             for (ms, (best, binding, alike)), end in zip(chosen, ends, strict=True)
         )
 
+    @property
+    def choices(self) -> tuple[Step, ...]:
+        """The steps at which another shape is chosen than below them."""
+        before = (None, *(step.best for step in self.steps))
+        return tuple(step for best, step in zip(before, self.steps, strict=False) if step.best is not best)
+
     def step_at(self, ms: float) -> Step | None:
         """What is chosen within a budget; None where no shape fits."""
         return next((step for step in reversed(self.steps) if step.ms <= ms), None)

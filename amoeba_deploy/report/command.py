@@ -23,13 +23,11 @@ def decimal(value: float) -> str:
 
 
 def with_unit(kind: Latency | Memory, value: float) -> str:
-    """A value as an option of that kind reads it back: in the largest unit that gives the same."""
-    for unit in sorted(kind.units, key=lambda name: -kind.units[name]):
-        text = decimal(value * kind.scale / kind.units[unit]) + unit
-        if value * kind.scale >= kind.units[unit] and kind.convert(text, None, None) == value:
-            return text
-    least = min(kind.units, key=lambda name: kind.units[name])
-    return decimal(value * kind.scale / kind.units[least]) + least
+    """A value as an option of that kind reads it back: in the largest unit of which it is at least one, if possible."""
+    amount = value * kind.scale
+    units = sorted(kind.units, key=lambda name: (kind.units[name] > amount, -kind.units[name]))
+    texts = [decimal(value / (kind.units[unit] / kind.scale)) + unit for unit in units]
+    return next((text for text in texts if kind.convert(text, None, None) == value), texts[0])
 
 
 def export_command(checkpoint: Path | None, asked: Mapping[str, Any]) -> str:

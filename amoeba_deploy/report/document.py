@@ -78,7 +78,7 @@ class Report:
             "choices": [
                 {"from_ms": step.ms, **step.best.shape.to_json(), "flow": step.best.flow}
                 | {"precision": step.best.precision, "command": self.command(case) + step.budget + "ms"}
-                for step in case.steps
+                for step in case.choices
             ],
         }
 
