@@ -44,7 +44,7 @@ class Report:
     @property
     def title(self) -> str:
         """Of the page."""
-        return f"What to ship of {self.checkpoint.name}"
+        return f"{self.checkpoint.name}: what to ship"
 
     @property
     def singles(self) -> list[Case]:
