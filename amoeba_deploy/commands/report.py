@@ -93,7 +93,7 @@ def _print(done: Report, output: Path, size: int) -> None:
         for board in device.boards:
             case = board.widest
             engines = ", ".join(f"{flow} {precision}" for flow, precision in case.pairs)
-            least, most = case.steps[0], case.steps[-1]
+            least, most = case.choices[0], case.choices[-1]
             click.echo(
                 f"{board.device}, {engines}: {len(case.found)} shapes, from {least.best.shape} at {least.budget} ms to "
                 f"{most.best.shape} at {most.budget} ms"

@@ -63,8 +63,8 @@ def reason(case: Case, step: Step) -> str:
         bind = "keep" if " and " in step.binding else "keeps"
         said = f"{step.binding[0].upper()}{step.binding[1:]} {bind} better shapes out."
     if step.alike:
-        others = "one other shape" if step.alike == 1 else f"{step.alike} other shapes"
-        said += f" Its loss cannot be told apart from that of {others} in the budget; it has the lowest {metric}."
+        others = "one other" if step.alike == 1 else f"{step.alike} others"
+        said += f" Its loss cannot be told apart from that of {others} within the budget; it has the lowest {metric}."
     return said
 
 
