@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,12 @@ from hypothesis import strategies as st
 
 from amoeba_deploy.errors import BadInput, ToolchainMissing
 from amoeba_deploy.pictures.curves import curves_of, curves_section
+from amoeba_deploy.pictures.equal_size import WAYS, SizePoint, equal_size_panel
 from amoeba_deploy.pictures.front import Front, Point, front_of, front_section
 from amoeba_deploy.pictures.heatmap import MOST_COLUMNS, heatmap_of, heatmap_section
 from amoeba_deploy.pictures.page import check_page, image_spec, page_html, write_page
+from amoeba_deploy.pictures.prediction import Pair, prediction_section
+from amoeba_deploy.pictures.quality import LossCell, quality_section
 from amoeba_deploy.pictures.section import Section, interval_of
 from amoeba_deploy.pictures.table import table_sections
 from amoeba_deploy.profiles.prediction import Prediction
@@ -227,6 +231,55 @@ def test_a_heatmap_has_a_cell_a_shape_and_a_dot_where_it_was_measured() -> None:
     assert {"0.5", "0.625", "0.75", "0.875", "1", "4", "12", "depth (blocks)", "width kept (share)"} <= set(shown)
     dots = svg[svg.rindex("mark-symbol") :]
     assert dots[: dots.index("</g>")].count("<path") == 4
+
+
+def test_what_was_estimated_has_a_cross_on_a_heatmap() -> None:
+    section = heatmap_section(
+        "tpot", [heatmap_of("torch", "int4", "tpot", TOKENS, shapes(), partial(latency, flow="torch"))]
+    )
+    marks = [layer for layer, _ in layers(section.panels[0].spec, "point")]
+    assert [mark["transform"][0]["filter"] for mark in marks] == [
+        "datum.source === 'measured'",
+        "datum.source === 'estimated'",
+    ]
+    svg = svg_of(section)
+    crosses = svg[svg.rindex("mark-symbol") :]
+    assert crosses[: crosses.index("</g>")].count("<path") == 41
+
+
+def test_at_equal_size_a_picture_has_two_lines_an_engine() -> None:
+    points = [
+        SizePoint("onnx int4", way, f"{n}x1", n / 4, 0.2 + 0.2 * n, 1.0 * n, "measured")
+        for way in WAYS
+        for n in (2, 3, 4)
+    ]
+    spec = equal_size_panel("orin-nx", "time per output token", points).spec
+    (_, rows), *_ = [found for found in layers(spec, "line") if "strokeDash" in found[0]["encoding"]]
+    assert {(row["way"], row["kept"]) for row in rows} == {(way, n / 4) for way in WAYS for n in (2, 3, 4)}
+
+
+def test_losses_are_drawn_with_their_errors_where_they_were_measured() -> None:
+    cells = [
+        LossCell(Shape(4, Fraction(1)), 0.5, "measured", 0.01),
+        LossCell(Shape(2, Fraction(1)), 0.7, "interpolated", None),
+    ]
+    section = quality_section({"fp32": cells, "int4": []})
+    assert [panel.title for panel in section.panels] == ["fp32"]
+    ((_, rows),) = layers(section.panels[0].spec, "rect")
+    assert [(row["label"], row["error"], row["dark"]) for row in rows] == [
+        ("0.500", "0.0100", False),
+        ("0.700", "not known", True),
+    ]
+
+
+def test_what_is_predicted_exactly_lies_on_the_diagonal() -> None:
+    pairs = [Pair("4x1", "onnx int4", 1.0, 1.0), Pair("2x1", "onnx int4", 0.6, 0.5)]
+    section = prediction_section([("orin-nx: TPOT", pairs), ("empty", [])], "caption")
+    assert [panel.title for panel in section.panels] == ["orin-nx: TPOT"]
+    ((_, ends),) = layers(section.panels[0].spec, "line")
+    ((_, rows),) = layers(section.panels[0].spec, "point")
+    assert ends == [{"measured": 0.5, "predicted": 0.5}, {"measured": 1.0, "predicted": 1.0}]
+    assert [row["off"] for row in rows] == [0.0, 0.2]
 
 
 def test_a_heatmap_of_many_widths_keeps_the_measured_ones() -> None:

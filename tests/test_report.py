@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,21 +16,24 @@ from typing import Any
 
 import pytest
 from bundles import build, change
-from conftest import amoeba, sentence
+from conftest import QUIET, amoeba, sentence
 from hypothesis import given
 from hypothesis import strategies as st
 
 from amoeba_deploy.checkpoint import Checkpoint, open_checkpoint
+from amoeba_deploy.errors import NoShapeFits
 from amoeba_deploy.options import Latency, Memory
 from amoeba_deploy.plan import Steps
 from amoeba_deploy.profiles.machine import fingerprint
 from amoeba_deploy.profiles.profiler import engine_versions, local_table_file
 from amoeba_deploy.profiles.shipped import all_shipped
 from amoeba_deploy.profiles.source import CheckpointSource
-from amoeba_deploy.report.case import shortest
+from amoeba_deploy.report.case import Case, shortest
 from amoeba_deploy.report.command import decimal, with_unit
 from amoeba_deploy.report.kept import kept_units
+from amoeba_deploy.search import search
 from amoeba_deploy.shape import Shape
+from amoeba_deploy.space import Space
 
 pytest.importorskip("altair", reason="the extra 'plot' is not installed")
 pytest.importorskip("vl_convert", reason="the extra 'plot' is not installed")
@@ -106,6 +110,27 @@ def test_what_is_shown_at_a_budget_is_what_the_search_chooses(tmp_path: Path, op
         for case in board["cases"]:
             for budget in budgets_of(case):
                 require_equal(case, budget)
+
+
+@pytest.mark.parametrize("memory", [1.0, 0.6], ids=["all fit", "memory binds, too"])
+def test_where_nothing_is_tied_few_searches_say_as_much_as_one_at_every_latency(
+    checkpoint: Checkpoint, memory: float
+) -> None:
+    space = Space.of_checkpoint(checkpoint)
+    asked = {"device": ESTIMATED, "flow": "torch", "precision": None, "table": (), "metric": "tpot", "memory": None}
+    asked |= {"measured_only": False, "batch": 1, "prompt": 64, "tokens": 32, "context": None}
+    found = Case.of(space, asked, QUIET).found
+    bound = sorted(candidate.prediction.memory_bytes for candidate in found)[round(memory * len(found)) - 1]
+    case = Case.of(space, {**asked, "memory": bound}, QUIET)
+    for ms in sorted(map(case.latency, found)):
+        budget = replace(case.request.budget, ms=ms)
+        own = [step for step in case.steps if step.ms <= ms]
+        try:
+            result = search(found, budget, case.request.target.workload)
+        except NoShapeFits:
+            assert own == []
+        else:
+            assert (own[-1].best, own[-1].binding) == (result.best, result.binding)
 
 
 def test_below_the_first_budget_the_page_names_the_closest_as_the_search_does(tmp_path: Path) -> None:

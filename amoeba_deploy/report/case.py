@@ -7,7 +7,7 @@ latency that a shape has, and a page has only to look up what it said.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -21,6 +21,10 @@ from amoeba_deploy.space import Space
 
 Pair = tuple[str, str]
 """A flow and a precision."""
+
+
+Chosen = tuple[Candidate, str | None, int]
+"""The best shape, the limits that keep better ones out, and how many cannot be told apart from it."""
 
 
 @dataclass(frozen=True)
@@ -77,31 +81,54 @@ class Case:
     @cached_property
     def steps(self) -> tuple[Step, ...]:
         """What is chosen at every budget; below the first step no shape fits."""
-        request = self.request
-        chosen: list[tuple[float, tuple[Candidate, str | None, int]]] = []
-        for ms in sorted({self.latency(candidate) for candidate in self.found}):
-            try:
-                result = search(self.found, replace(request.budget, ms=ms), request.target.workload, request.axes)
-            except NoShapeFits:
-                continue
-            same = (result.best, result.binding, len(result.equals))
-            if not chosen or chosen[-1][1] != same:
-                chosen.append((ms, same))
+        latencies = sorted({self.latency(candidate) for candidate in self.found})
+        chosen: list[tuple[float, Chosen]] = []
+        for ms, found in zip(latencies, self._asked(latencies), strict=True):
+            if found is not None and (not chosen or chosen[-1][1] != found):
+                chosen.append((ms, found))
         ends = [ms for ms, _ in chosen[1:]] + [math.inf]
         return tuple(
             Step(ms, shortest(ms, end), best, alike, binding)
             for (ms, (best, binding, alike)), end in zip(chosen, ends, strict=True)
         )
 
+    def _asked(self, latencies: Sequence[float]) -> list[Chosen | None]:
+        """What the search says at each of some latencies.
+
+        Losses that cannot be told apart can make a choice come, go and come again. Where no rows of losses are known
+        nothing is tied: what is chosen at both ends of a range is chosen throughout, and few have to be asked for.
+        """
+        found: dict[int, Chosen | None] = {}
+        tied = any(candidate.quality.losses is not None for candidate in self.found)
+        ranges = [(0, len(latencies) - 1)]
+        with self.request.progress.bar("budgets", len(latencies)) as advance:
+            while ranges:
+                low, high = ranges.pop()
+                for end in (low, high):
+                    if end not in found:
+                        found[end] = self._at(latencies[end])
+                        advance()
+                if high - low < 2 or (not tied and found[low] == found[high]):
+                    found |= dict.fromkeys(range(low + 1, high), found[low])
+                    continue
+                middle = (low + high) // 2
+                ranges += [(middle, high), (low, middle)]
+        return [found[number] for number in range(len(latencies))]
+
+    def _at(self, ms: float) -> Chosen | None:
+        """What the search says of one budget; None where no shape fits."""
+        request = self.request
+        try:
+            result = search(self.found, replace(request.budget, ms=ms), request.target.workload, request.axes)
+        except NoShapeFits:
+            return None
+        return result.best, result.binding, len(result.equals)
+
     @property
     def choices(self) -> tuple[Step, ...]:
         """The steps at which another shape is chosen than below them."""
         before = (None, *(step.best for step in self.steps))
         return tuple(step for best, step in zip(before, self.steps, strict=False) if step.best is not best)
-
-    def step_at(self, ms: float) -> Step | None:
-        """What is chosen within a budget; None where no shape fits."""
-        return next((step for step in reversed(self.steps) if step.ms <= ms), None)
 
 
 def shortest(low: float, high: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from amoeba_deploy.errors import BadInput
 from amoeba_deploy.profiles.prediction import Metric
@@ -50,7 +51,7 @@ class Budget:
     memory_bytes: int | None
     further: tuple[Limit, ...] = ()
 
-    @property
+    @cached_property
     def limits(self) -> tuple[Limit, ...]:
         """Every limit; the budget's latency first, then memory."""
         first = () if self.ms is None else (Limit(LATENCY, QUANTITIES[self.metric], self.ms),)
