@@ -155,6 +155,17 @@ def test_a_command_names_all_that_the_search_was_asked_for(tmp_path: Path) -> No
     assert shlex.split(command) == ["amoeba", "export", "--device", MEASURED, *asked, "--latency"]
 
 
+def test_the_command_builds_what_is_shown(tmp_path: Path) -> None:
+    (board, _) = data_of(write(tmp_path / "report.html"))["boards"]
+    step = board["cases"][0]["steps"][0]
+    words = shlex.split(f"{board['cases'][0]['command']}{step['budget']}ms")
+    done = amoeba(*words[1:], "--no-verify", "-o", tmp_path / "bundle", "--quiet")
+    assert done.exit_code == 0, done.output
+    manifest = json.loads((tmp_path / "bundle" / "manifest.json").read_text())
+    assert step["engine"] == f"{manifest['flow']} {manifest['precision']}"
+    assert step["shape"] == f"{manifest['shape']['depth']}x{manifest['shape']['width']}"
+
+
 def test_engines_whose_precision_was_not_measured_are_not_ranked_against_others(tmp_path: Path) -> None:
     options = ("--device", MEASURED, "--flow", "onnx,gguf", "--precision", "int8,int4")
     boards = data_of(write(tmp_path / "report.html", *options))["boards"]
@@ -300,7 +311,7 @@ def test_a_bundle_is_shown_with_its_speed_as_predicted_and_as_measured(bundle: P
     page = write(tmp_path / "report.html", "--device", ESTIMATED, "--bundle", bundle)
     (row,) = tables_of(page)["Bundles"]
     assert row[:7] == [str(bundle), ESTIMATED, "6x0.5", "onnx int8", "this one", "no", "no"]
-    assert row[9:] == ["estimated", f"{2 * predicted['tpot_ms']:.3f}", "+100.0%"]
+    assert row[10:] == ["estimated", f"{2 * predicted['tpot_ms']:.3f}", "+100.0%"]
     assert "Bundles: TPOT" in page
 
 
@@ -308,7 +319,7 @@ def test_a_bundle_of_another_checkpoint_is_told_apart(bundle: Path, tmp_path: Pa
     change(bundle, checkpoint_digest="sha256:" + "0" * 64)
     (row,) = tables_of(write(tmp_path / "report.html", "--bundle", bundle))["Bundles"]
     assert row[4] == "another of that name: amoeba-demo-7m"
-    assert row[10] == "not measured"
+    assert row[11] == "not measured"
 
 
 @pytest.mark.parametrize(

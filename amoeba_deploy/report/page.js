@@ -189,7 +189,7 @@ class Board {
     this.line.style.top = down(frame.top - stage.top);
     this.line.style.height = down(frame.height);
     this.line.classList.toggle("far", at > 0.6);
-    this.line.setAttribute("aria-valuemin", plain(ends[0], 4));
+    this.line.setAttribute("aria-valuemin", plain(Math.min(ends[0], Number(this.budget)), 4));
     this.line.setAttribute("aria-valuemax", plain(Math.max(ends[1], Number(this.budget)), 4));
     this.line.hidden = false;
     const up = this.view.scale("y");

@@ -210,10 +210,10 @@ def bundles_markup(report: Report) -> str:
         "Every file of each is what its manifest lists. TPOT is measured where a bundle was built on the machine that "
         "it is for."
     )
-    head = ["bundle", "device", "shape", "engine", "checkpoint", "verified", "signed", "size", "predicted TPOT ms"]
-    head += ["latency", "measured TPOT ms", "off by"]
+    head = ["bundle", "device", "shape", "engine", "checkpoint", "verified", "signed", "workload", "size"]
+    head += ["predicted TPOT ms", "latency", "measured TPOT ms", "off by"]
     rows = [_bundle_row(built, report.checkpoint.name) for built in report.bundles]
-    return section("bundles", heading, paragraph(said) + table("Bundles", head, rows, 7))
+    return section("bundles", heading, paragraph(said) + table("Bundles", head, rows, 8))
 
 
 def _bundle_row(built: Built, name: str) -> list[str]:
@@ -223,5 +223,7 @@ def _bundle_row(built: Built, name: str) -> list[str]:
     measured = "not measured" if built.measured_tpot_ms is None else f"{built.measured_tpot_ms:.3f}"
     off = "" if built.off is None else f"{built.off:+.1%}"
     signed = "yes, not checked" if built.signed else "no"
-    what = [str(built.path), built.device, built.shape, built.engine, checkpoint, built.verified, signed]
+    batch, prompt, tokens = built.workload
+    workload = f"{batch} x ({prompt} + {tokens} tokens)"
+    what = [str(built.path), built.device, built.shape, built.engine, checkpoint, built.verified, signed, workload]
     return [*what, amount(built.bytes), three_digits(built.tpot_ms), built.source, measured, off]
