@@ -311,7 +311,7 @@ def test_a_bundle_is_shown_with_its_speed_as_predicted_and_as_measured(bundle: P
     page = write(tmp_path / "report.html", "--device", ESTIMATED, "--bundle", bundle)
     (row,) = tables_of(page)["Bundles"]
     assert row[:7] == [str(bundle), ESTIMATED, "6x0.5", "onnx int8", "this one", "no", "no"]
-    assert row[10:] == ["estimated", f"{2 * predicted['tpot_ms']:.3f}", "+100.0%"]
+    assert row[9:] == ["estimated", f"{2 * predicted['tpot_ms']:.3f}", "+100.0%", "1 x (128 + 32 tokens)"]
     assert "Bundles: TPOT" in page
 
 
@@ -319,7 +319,7 @@ def test_a_bundle_of_another_checkpoint_is_told_apart(bundle: Path, tmp_path: Pa
     change(bundle, checkpoint_digest="sha256:" + "0" * 64)
     (row,) = tables_of(write(tmp_path / "report.html", "--bundle", bundle))["Bundles"]
     assert row[4] == "another of that name: amoeba-demo-7m"
-    assert row[11] == "not measured"
+    assert row[10] == "not measured"
 
 
 @pytest.mark.parametrize(

@@ -210,10 +210,10 @@ def bundles_markup(report: Report) -> str:
         "Every file of each is what its manifest lists. TPOT is measured where a bundle was built on the machine that "
         "it is for."
     )
-    head = ["bundle", "device", "shape", "engine", "checkpoint", "verified", "signed", "workload", "size"]
-    head += ["predicted TPOT ms", "latency", "measured TPOT ms", "off by"]
+    head = ["bundle", "device", "shape", "engine", "checkpoint", "verified", "signed", "size", "predicted TPOT ms"]
+    head += ["latency", "measured TPOT ms", "off by", "workload"]
     rows = [_bundle_row(built, report.checkpoint.name) for built in report.bundles]
-    return section("bundles", heading, paragraph(said) + table("Bundles", head, rows, 8))
+    return section("bundles", heading, paragraph(said) + table("Bundles", head, rows, 7))
 
 
 def _bundle_row(built: Built, name: str) -> list[str]:
@@ -225,5 +225,5 @@ def _bundle_row(built: Built, name: str) -> list[str]:
     signed = "yes, not checked" if built.signed else "no"
     batch, prompt, tokens = built.workload
     workload = f"{batch} x ({prompt} + {tokens} tokens)"
-    what = [str(built.path), built.device, built.shape, built.engine, checkpoint, built.verified, signed, workload]
-    return [*what, amount(built.bytes), three_digits(built.tpot_ms), built.source, measured, off]
+    what = [str(built.path), built.device, built.shape, built.engine, checkpoint, built.verified, signed]
+    return [*what, amount(built.bytes), three_digits(built.tpot_ms), built.source, measured, off, workload]
