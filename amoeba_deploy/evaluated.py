@@ -171,7 +171,12 @@ def _task(opened: _Opened, name: str, wanted: Wanted, progress: Progress) -> tup
     def remember(facts: Any, find: Callable[[], TaskResult]) -> TaskResult:
         own = {"who": subject.identity, **facts}
         value, was_known[0] = remembered(own, lambda: find().saved(), fresh=wanted.fresh)
-        return TaskResult.restored(value)
+        try:
+            return TaskResult.restored(value)
+        except (KeyError, TypeError):
+            # Somebody wrote into the memory.
+            value, was_known[0] = remembered(own, lambda: find().saved(), fresh=True)
+            return TaskResult.restored(value)
 
     results = task_results(
         [name],

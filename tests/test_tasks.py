@@ -222,7 +222,9 @@ def test_an_engine_is_asked_itself(flow: str, precision: str, bundles: Callable[
     if precision == "fp32":
         assert engine["piqa"]["accuracy"] == shape["piqa"]["accuracy"]
         assert engine["arc_easy"]["accuracy"] == shape["arc_easy"]["accuracy"]
-        assert engine["wikitext"]["word_perplexity"] == pytest.approx(shape["wikitext"]["word_perplexity"], rel=1e-3)
+        # llama.cpp keeps its cache in half precision; of so high a perplexity a word that is two in a thousand.
+        bits = [found["wikitext"]["metrics"]["bits_per_byte"] for found in (engine, shape)]
+        assert bits[0] == pytest.approx(bits[1], rel=1e-3 if flow == "gguf" else 1e-5)
     else:
         off = engine["wikitext"]["word_perplexity"] / shape["wikitext"]["word_perplexity"] - 1
         assert 1e-3 < abs(off) < 0.3
@@ -334,6 +336,8 @@ DAMAGE: dict[str, tuple[str, str]] = {
     "gold beyond": ('{"question": "x", "choices": ["a", "b"], "gold": 2}', "line 1"),
     "gold true": ('{"question": "x", "choices": ["a", "b"], "gold": true}', "line 1"),
     "gold text": ('{"question": "x", "choices": ["a", "b"], "gold": "0"}', "line 1"),
+    "empty choice": ('{"question": "x", "choices": ["a", ""], "gold": 0}', "line 1"),
+    "deep": ('{"question": ' + "[" * 100_000 + "]" * 100_000 + ', "choices": ["a", "b"], "gold": 0}', "line 1"),
     "three choices": ('{"question": "x", "choices": ["a", "b", "c"], "gold": 0}', "line 1"),
     "numbers": ('{"question": 4, "choices": ["a", "b"], "gold": 0}', "line 1"),
     "nothing": ("\n\n", "holds no rows"),
@@ -348,6 +352,25 @@ def test_a_damaged_row_is_named(damage: str, base_logits: LogitsFunction, tmp_pa
     with pytest.raises(BadInput, match=r"validation\.jsonl") as error:
         task_results(["piqa"], base_logits, BASE, 512, data=tmp_path)
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("task", "row"),
+    [
+        ("boolq", {"passage": "p", "question": "q", "gold": True}),
+        ("boolq", {"passage": "p", "question": "q", "gold": 2}),
+        ("arc_easy", {"question": "q", "choices": list("abcdefghijk"), "gold": 10}),
+        ("mmlu", {"question": "q", "choices": ["a", "b"], "gold": 1, "subject": "astronomy"}),
+        ("winogrande", {"question": "nothing to fill in", "choices": ["a", "b"], "gold": 1}),
+    ],
+)
+def test_a_row_that_does_not_fit_its_task_is_named(
+    task: str, row: dict[str, Any], base_logits: LogitsFunction, tmp_path: Path
+) -> None:
+    for name in ("test.jsonl", "dev.jsonl"):
+        write_rows(tmp_path / task / name, [row])
+    with pytest.raises(BadInput, match=r"line 1: does not hold what this task asks"):
+        task_results([task], base_logits, BASE, 512, data=tmp_path)
 
 
 def test_a_missing_folder_of_data_is_refused(base_logits: LogitsFunction, tmp_path: Path) -> None:

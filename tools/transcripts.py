@@ -27,6 +27,8 @@ SETUP = ("make demo", ". .venv/bin/activate")
 """Commands that have been run where this runs."""
 _BLOCK = re.compile(r"```console\n(.*?)```", re.DOTALL)
 _NUMBER = re.compile(r"\d+(\.\d+)?")
+_PLACE = re.compile(r"(?<!\S)/\S*/(?=tutorial/)")
+"""The folder in which a reader works."""
 _SOURCE = re.compile(r"\b(measured|interpolated|estimated)\b")
 _OF_THE_MACHINE = re.compile(
     r"^  (its quality cannot be told apart|significantly better than)|^measuring \d+ engines|^building \d+ engines"
@@ -73,7 +75,7 @@ def run(command: str, folder: Path) -> str:
 def comparable(output: str) -> list[str]:
     """The lines of an output without figures, and without what depends on the machine."""
     lines = [line.rstrip() for line in output.splitlines() if line.strip() and not _OF_THE_MACHINE.search(line)]
-    plain = (_SOURCE.sub("SOURCE", _NUMBER.sub("#", line)) for line in lines)
+    plain = (_SOURCE.sub("SOURCE", _NUMBER.sub("#", _PLACE.sub("", line))) for line in lines)
     return [re.sub(r"\s+", " ", line) for line in plain]
 
 
@@ -107,7 +109,8 @@ def main() -> None:
                 wrong += 1
                 print(f"$ {shown.command}\nno longer prints: {line}", file=sys.stderr)
             before = f"$ {shown.command}\n{shown.output}"
-            kept = "".join(f"{line}\n" for line in printed.splitlines() if "tokens/s" not in line)
+            own = printed.replace(f"{folder}/", "")
+            kept = "".join(f"{line}\n" for line in own.splitlines() if "tokens/s" not in line)
             page = page.replace(before, f"$ {shown.command}\n{kept}", 1)
     if asked.write:
         asked.page.write_text(page, encoding="utf-8")

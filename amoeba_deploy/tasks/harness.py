@@ -92,8 +92,8 @@ def check_names(names: Sequence[str]) -> None:
     for name in names:
         if (task := named_task(name)).name not in TASKS:
             _require_known(task)
-    if names:
-        _manager()
+        else:
+            _manager(task.defined)
 
 
 def _one(
@@ -201,7 +201,7 @@ def _main_metric(task: NamedTask, result: Mapping[str, Any]) -> str:
 
 def _loaded(task: NamedTask, asked: TaskRequest, work: Path) -> dict[str, Any]:
     """The harness's own tasks with their data, ready to be asked."""
-    manager = _manager()
+    manager = _manager(task.defined)
     folder = local_folder(task, asked.data)
     if task.name not in TASKS:
         _require_known(task)
@@ -233,7 +233,7 @@ def _loaded(task: NamedTask, asked: TaskRequest, work: Path) -> dict[str, Any]:
 
 
 def _hub_spec(task: NamedTask) -> dict[str, Any]:
-    kind = "group" if task.harness in _manager().all_groups else "task"
+    kind = "group" if task.harness in _manager(task.defined).all_groups else "task"
     return {kind: task.harness}
 
 
@@ -309,12 +309,15 @@ def _unreadable(task: NamedTask, folder: Path | None, error: Exception) -> BadIn
 
 
 @cache
-def _manager() -> Any:
-    """The harness's index of tasks; making it reads some thousand files."""
+def _manager(defined: str | None = None) -> Any:
+    """The harness's index of tasks: of one folder of its definitions, or of all, which are some thousand files."""
     with _quiet():
+        import lm_eval.tasks
         from lm_eval.tasks import TaskManager
 
-        return TaskManager()
+        if defined is None:
+            return TaskManager()
+        return TaskManager(include_path=str(Path(lm_eval.tasks.__file__).parent / defined), include_defaults=False)
 
 
 @contextlib.contextmanager

@@ -57,7 +57,7 @@ def _text(row: Row, name: str) -> str:
 
 def _choices(row: Row) -> list[str]:
     choices, gold = row["choices"], row["gold"]
-    if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
+    if not isinstance(choices, list) or not all(isinstance(choice, str) and choice for choice in choices):
         raise TypeError("choices")
     if type(gold) is not int or not 0 <= gold < len(choices):
         raise ValueError("gold")
@@ -66,6 +66,8 @@ def _choices(row: Row) -> list[str]:
 
 def _lettered(row: Row) -> Row:
     choices = _choices(row)
+    if len(choices) > len(LETTERS):
+        raise ValueError("choices")
     letters = list(LETTERS[: len(choices)])
     return {"choices": {"text": choices, "label": letters}, "answerKey": letters[row["gold"]]}
 
@@ -91,7 +93,7 @@ def _winogrande(row: Row) -> Row:
 
 
 def _boolq(row: Row) -> Row:
-    if row["gold"] not in (0, 1):
+    if type(row["gold"]) is not int or row["gold"] not in (0, 1):
         raise ValueError("gold")
     return {"passage": _text(row, "passage"), "question": _text(row, "question"), "label": row["gold"]}
 
@@ -216,7 +218,7 @@ def _rewritten(file: Path, rewrite: Callable[[Row], Row]) -> Iterator[Row]:
             continue
         try:
             yield rewrite(json.loads(line))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             what = f"lacks {error}" if isinstance(error, KeyError) else "does not hold what this task asks"
             raise BadInput(f"{file}, line {number}: {what}; docs/evaluation.md shows the form of the rows") from None
         count += 1

@@ -30,7 +30,7 @@ def judged(device: str, flow: str, precision: str) -> list[Candidate]:
         "device": device, "flow": flow, "precision": precision, "batch": 1, "prompt": 128, "tokens": 32,
         "context": None, "metric": "tpot", "latency": 1e9, "memory": None, "table": None, "measured_only": False,
     }  # fmt: skip
-    request = Request.of(Space.of(open_checkpoint()), options, Progress(quiet=True))
+    request = Request.of(Space.of_checkpoint(open_checkpoint()), options, Progress(quiet=True))
     return list(request.answer().result.found)
 
 
