@@ -80,7 +80,12 @@ def comparable(output: str) -> list[str]:
 
 
 def missing(shown: Shown, printed: str) -> list[str]:
-    """The lines of a page that its command does not print; ``...`` stands for any lines."""
+    """The lines of a page that its command does not print; ``...`` stands for any lines.
+
+    What a model says is not compared: one that was tuned on another processor may go on with other words.
+    """
+    if shown.command.startswith("amoeba run"):
+        return []
     found = set(comparable(printed))
     return [line for line in comparable(shown.output) if line != "..." and line not in found]
 
