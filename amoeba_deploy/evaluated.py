@@ -244,7 +244,11 @@ class _Elastic:
         checkpoint = self.checkpoint
         who = {"checkpoint": checkpoint.digest, "plan": plan.to_json(), "versions": _versions("torch")}
         return Evaluated(
-            lambda: partial(self._logits, plan.shape), checkpoint.model.path, checkpoint.architecture.context, who, 8
+            lambda: partial(self._logits, plan.shape),
+            checkpoint.model.path,
+            checkpoint.architecture.context,
+            who,
+            ROWS_OF_TORCH,
         )
 
     def _logits(self, shape: Shape, ids: Ids) -> NDArray[np.float32]:

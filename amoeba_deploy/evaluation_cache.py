@@ -7,13 +7,14 @@ to be invalidated; a file that cannot be read is measured anew and written again
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from amoeba_deploy.errors import BadInput
+from amoeba_deploy.errors import AmoebaError, BadInput
 from amoeba_deploy.files import cache_folder, read_json, whole_file, write_json
 
 FORM = "amoeba.evaluation/1"
@@ -36,12 +37,9 @@ def remembered(
     if known is not None:
         return known, True
     found = measure()
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(file, force=True) as work:
-            write_json(work, {"format": FORM, "facts": json.loads(own), "result": found})
-    except OSError:
-        pass  # what cannot be kept is measured again next time
+    # What cannot be kept, or is being kept by another process just now, is no failure.
+    with contextlib.suppress(AmoebaError, OSError), whole_file(file, force=True) as work:
+        write_json(work, {"format": FORM, "facts": json.loads(own), "result": found})
     return found, False
 
 
