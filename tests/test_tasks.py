@@ -373,6 +373,10 @@ def test_a_row_that_does_not_fit_its_task_is_named(
         task_results([task], base_logits, BASE, 512, data=tmp_path)
 
 
+def test_no_task_is_no_evaluation() -> None:
+    assert "needs --text FILE or --tasks" in sentence(amoeba("evaluate", "--tasks", "", "--quiet"), 2)
+
+
 def test_a_missing_folder_of_data_is_refused(base_logits: LogitsFunction, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="nowhere: is not a folder"):
         task_results(["piqa"], base_logits, BASE, 512, data=tmp_path / "nowhere")

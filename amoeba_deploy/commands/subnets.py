@@ -161,7 +161,7 @@ def evaluate(
     from amoeba_deploy.evaluated import Wanted, evaluate_one, evaluated_subjects
     from amoeba_deploy.tasks.harness import TaskRequest
 
-    if text is None and tasks is None:
+    if text is None and not comma_list(tasks):
         raise BadInput("evaluate needs --text FILE or --tasks TASK[,TASK...]")
     progress = Progress(quiet)
     wanted = Wanted.of(text, comma_list(tasks), sequence, TaskRequest(shots, limit, data), fresh)
