@@ -122,6 +122,7 @@ def test_scripts_that_begin_with_a_checkpoint_run(page: str, script: str, tmp_pa
     assert done.returncode == 0, f"{page}: {done.stderr}"
 
 
+@pytest.mark.slow
 def test_the_tutorial_prints_what_it_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From a model folder to a verified engine and an installed bundle, each command as the page has it."""
     monkeypatch.setenv("AMOEBA_CACHE", str(tmp_path / "cache"))
