@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from amoeba_deploy.bundle import MANIFEST
+from amoeba_deploy.bundle import MANIFEST, verify_files
 from amoeba_deploy.checkpoint import Checkpoint
 from amoeba_deploy.evaluation import (
     Ids,
@@ -216,10 +216,12 @@ def evaluated_subjects(
 
 
 def _built(path: Path) -> Evaluated:
-    """A bundle's engine, or a model folder in float32."""
+    """A bundle's engine, or a model folder in float32; raises VerificationFailed where a bundle's files are others."""
     found = find_subject(path)
     who: dict[str, Any] = {"flow": found.flow, "precision": found.precision, "versions": _versions(found.flow)}
     if (path / MANIFEST).is_file():
+        # A result is remembered under the manifest's digests, so the files must be those.
+        verify_files(path)
         who["manifest"] = sha256_of(path / MANIFEST)
     else:
         who["model"] = ModelFolder(path).digest

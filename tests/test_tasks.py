@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -228,6 +229,20 @@ def test_an_engine_is_asked_itself(flow: str, precision: str, bundles: Callable[
     else:
         off = engine["wikitext"]["word_perplexity"] / shape["wikitext"]["word_perplexity"] - 1
         assert 1e-3 < abs(off) < 0.3
+
+
+def test_a_bundle_whose_files_were_changed_is_not_evaluated(
+    bundles: Callable[[str, str], Path], data: Path, tmp_path: Path
+) -> None:
+    """Else what was remembered of the untouched one would be told of it."""
+    own = Path(shutil.copytree(bundles("onnx", "fp32"), tmp_path / "own"))
+    ask = ("evaluate", own, "--tasks", "piqa", "--data", data, "--quiet")
+    assert amoeba(*ask).exit_code == 0
+    weights = max((own / "engine").iterdir(), key=lambda file: file.stat().st_size)
+    damaged = bytearray(weights.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    weights.write_bytes(damaged)
+    assert weights.name in sentence(amoeba(*ask), 5)
 
 
 @pytest.mark.parametrize("shape", ["12x1", "8x0.75", "6x0.5"])
