@@ -165,4 +165,5 @@ def test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_
     commands = (site / "cli.html").read_text(encoding="utf-8")
     for name in ("select", "tune", "export", "report"):
         assert f"amoeba {name}" in commands
+    assert "amoeba export --device orin-nx --latency 40ms" in commands
     assert "amoeba_deploy.open" in (site / "api.html").read_text(encoding="utf-8")
