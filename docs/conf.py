@@ -22,7 +22,7 @@ release = version = __version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_click"]
 myst_heading_anchors = 4
 myst_enable_extensions = ["colon_fence", "deflist"]
-smartquotes = True  # it makes a dash of the -- before an option
+smartquotes = False  # it makes a dash of the -- before an option
 nitpicky = False
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
